@@ -1,0 +1,49 @@
+"""streammerge: merge LoRA adapters, files in, one file out, inside a memory limit.
+
+The names below are loaded when they are first used, so that the command line can show its help
+without loading anything heavy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from streammerge.adapter import Adapter
+    from streammerge.api import MergeResult, merge, open_adapter, plan, verify
+    from streammerge.errors import StreammergeError
+    from streammerge.plans import Plan
+
+_HOME = {
+    "Adapter": "streammerge.adapter",
+    "MergeResult": "streammerge.api",
+    "Plan": "streammerge.plans",
+    "StreammergeError": "streammerge.errors",
+    "merge": "streammerge.api",
+    "open_adapter": "streammerge.api",
+    "plan": "streammerge.api",
+    "verify": "streammerge.api",
+}
+
+__all__ = [
+    "Adapter",
+    "MergeResult",
+    "Plan",
+    "StreammergeError",
+    "merge",
+    "open_adapter",
+    "plan",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from the module that defines it (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'streammerge' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,432 @@
+"""The public calls: each composes a recipe, manifests, a plan, an executor and an output."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from streammerge import events
+from streammerge.adapter import Adapter, NameTable
+from streammerge.budget import allow, parse_size
+from streammerge.errors import MergeFailedError, RecipeError, VerificationError
+from streammerge.output import record
+from streammerge.output.staging import Staging, check_output
+from streammerge.output.writer import allocate, region_checksum, sync_file
+from streammerge.planner import make_plan
+from streammerge.planner.scaling import scalings
+from streammerge.plans import Plan, Task
+from streammerge.readers import read_adapter
+from streammerge.recipe import Recipe, make_paths, make_weights
+
+if TYPE_CHECKING:
+    from streammerge.worker import Job, Receipt
+
+StrPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """What became of one target."""
+
+    target: str
+    m: int
+    n: int
+    rank: int
+    """Of the output."""
+    adapters: int
+    """How many have this target."""
+    route: str
+    kept_energy: float | None
+    """Share of the merged matrix's energy that the truncated pair keeps; None where nothing is
+    truncated, or where a rule on factors has no merged matrix."""
+    relative_error: float | None
+    """‖M - B·A‖/‖M‖ of the pair as written."""
+    excess: float | None
+    """How far that is above the best possible of the rank, relatively; an estimate."""
+    converged: bool
+    """False where the planned passes did not reach the tolerance."""
+
+
+@dataclass(frozen=True, repr=False)
+class MergeResult:
+    """What a merge leaves behind."""
+
+    output: Path
+    plan: Plan
+    modules: tuple[ModuleReport, ...]
+    notices: tuple[str, ...]
+    seconds: float
+
+    def __repr__(self) -> str:
+        return (
+            f"MergeResult({str(self.output)!r}: {len(self.modules)} targets, "
+            f"{self.plan.write_bytes:,} bytes, {self.seconds:.1f} s)"
+        )
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked of an output, all of it found right."""
+
+    path: Path
+    targets: int
+    tensors: int
+    checksums: bool
+    """Whether there was a record with checksums; without one only headers, shapes and config
+    were checked."""
+
+
+def open_adapter(path: StrPath) -> Adapter:
+    """Return the manifest of an adapter; of its weights only the header is read.
+
+    Args:
+        path: a PEFT adapter directory.
+
+    Raises:
+        AdapterError: a subclass of it says why it cannot be used.
+    """
+    return read_adapter(os.fspath(path), NameTable())
+
+
+def plan(
+    adapters: Sequence[StrPath],
+    output: StrPath | None = None,
+    *,
+    method: str = "svd",
+    weights: Sequence[float] | None = None,
+    density: float | None = None,
+    rank: int | None = None,
+    space: str | None = None,
+    majority_sign: str = "total",
+    clamp: float | None = None,
+    seed: int = 0,
+    dtype: str = "auto",
+    compute_dtype: str = "float32",
+    extras: str = "error",
+    scaling: str | float | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+    strict_base: bool = False,
+    max_memory: str | int | None = None,
+    workers: int | None = None,
+    max_shard_size: str | int | None = None,
+    overwrite: bool = False,
+) -> Plan:
+    """Return what a merge would read, write and hold, from the adapters' headers alone.
+
+    The arguments are those of `merge`; nothing is written, and `output`, when given, is only
+    checked.
+
+    Raises:
+        RefusedError: a subclass of it says why the merge cannot be done.
+    """
+    if output is not None:
+        check_output(Path(output), overwrite=overwrite)
+    recipe = _recipe(
+        adapters,
+        method=method,
+        weights=weights,
+        density=density,
+        rank=rank,
+        space=space,
+        majority_sign=majority_sign,
+        clamp=clamp,
+        seed=seed,
+        dtype=dtype,
+        compute_dtype=compute_dtype,
+        extras=extras,
+        scaling=scaling,
+        include=include,
+        exclude=exclude,
+        strict_base=strict_base,
+        max_shard_size=max_shard_size,
+    )
+    return _plan(recipe, max_memory, workers)[0]
+
+
+def merge(
+    adapters: Sequence[StrPath],
+    output: StrPath,
+    *,
+    method: str = "svd",
+    weights: Sequence[float] | None = None,
+    density: float | None = None,
+    rank: int | None = None,
+    space: str | None = None,
+    majority_sign: str = "total",
+    clamp: float | None = None,
+    seed: int = 0,
+    dtype: str = "auto",
+    compute_dtype: str = "float32",
+    extras: str = "error",
+    scaling: str | float | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+    strict_base: bool = False,
+    max_memory: str | int | None = None,
+    workers: int | None = None,
+    max_shard_size: str | int | None = None,
+    overwrite: bool = False,
+    on_event: events.OnEvent | None = None,
+) -> MergeResult:
+    """Merge LoRA adapters on disk into one adapter on disk, without the base model.
+
+    Args:
+        adapters: PEFT adapter directories, in the order of their weights.
+        output: directory to make; it appears whole, or not at all.
+        method: one of PEFT's combination types, such as "svd", "ties" or "dare_ties_svd".
+        weights: one for each adapter, 1.0 each when None; they are not normalised.
+        density: share of elements kept, in [0, 1]; for the methods that prune or drop.
+        rank: of the output, for truncating methods; the largest of the inputs when None.
+        space: "factor", "delta" or "exact", instead of the method's own.
+        majority_sign: "total" or "frequency", for the methods that elect a sign.
+        clamp: quantile in (0, 1] at which truncated factors are clamped, PEFT's `svd_clamp`.
+        seed: of DARE's masks and of the iteration's start.
+        dtype: of the output: "float32", "float16", "bfloat16", "float64", or "auto" for the
+            widest of the inputs.
+        compute_dtype: "float32" or "float64".
+        extras: "error" or "drop": tensors that are not LoRA factors.
+        scaling: "config", "tensor" or a number, where a config does not explain a tensor's rank.
+        include: merge only targets in whose name this regular expression is found.
+        exclude: leave out targets in whose name it is found.
+        strict_base: refuse adapters that name different base models.
+        max_memory: for the whole process, in bytes or like "2GiB"; what the machine grants, with
+            headroom, when None.
+        workers: tasks at once; the number of cores when None.
+        max_shard_size: write shards of at most this size, with an index; one file when None.
+        overwrite: replace an earlier output of streammerge.
+        on_event: called with what happens; notices become Python warnings when None.
+
+    Raises:
+        RefusedError: before any work, a subclass of it says why; nothing was written.
+        MergeFailedError: during the work; nothing lies at the output's name.
+    """
+    began = time.perf_counter()
+    tell = on_event or _warn
+    check_output(Path(output), overwrite=overwrite)
+    recipe = _recipe(
+        adapters,
+        method=method,
+        weights=weights,
+        density=density,
+        rank=rank,
+        space=space,
+        majority_sign=majority_sign,
+        clamp=clamp,
+        seed=seed,
+        dtype=dtype,
+        compute_dtype=compute_dtype,
+        extras=extras,
+        scaling=scaling,
+        include=include,
+        exclude=exclude,
+        strict_base=strict_base,
+        max_shard_size=max_shard_size,
+    )
+    planned, manifests = _plan(recipe, max_memory, workers)
+    for notice in planned.notices:
+        tell(events.Notice(notice))
+    with Staging(Path(output)) as staging:
+        receipts = _work(planned, manifests, staging.path, tell)
+        modules = tuple(map(_report, planned.tasks, receipts))
+        _finish(planned, manifests, staging.path, receipts, modules)
+        seconds = time.perf_counter() - began
+        timings = {receipt.target: receipt.seconds for receipt in receipts}
+        record.write_timings(staging.path, timings, seconds)
+        staging.publish(overwrite=overwrite)
+    tell(events.Published(os.fspath(output), planned.write_bytes))
+    late = _late_notices(modules)
+    for notice in late:
+        tell(events.Notice(notice))
+    return MergeResult(Path(output), planned, modules, (*planned.notices, *late), seconds)
+
+
+def verify(path: StrPath) -> Verification:
+    """Check an output from its files alone: every checksum, and shapes against the config.
+
+    An adapter without a streammerge.json is checked as far as headers and config go.
+
+    Raises:
+        VerificationError: something is not as it was written.
+        AdapterError: it cannot be read at all.
+    """
+    directory = Path(path)
+    manifest = open_adapter(directory)
+    recorded = (directory / record.MARK_NAME).is_file()
+    problems: list[str] = []
+    if recorded:
+        _, problems = record.check_record(directory)
+    scalings(manifest, None)
+    if problems:
+        raise VerificationError(path=str(directory), problems=tuple(problems))
+    return Verification(directory, len(manifest), 2 * len(manifest), recorded)
+
+
+def _recipe(
+    adapters: Sequence[StrPath],
+    *,
+    weights: Sequence[float] | None,
+    max_shard_size: str | int | None,
+    **fields: Any,
+) -> Recipe:
+    paths = make_paths(adapters)
+    shard = None
+    if max_shard_size is not None:
+        shard = parse_size(max_shard_size, option="max_shard_size")
+    return Recipe(
+        adapters=paths, weights=make_weights(weights, len(paths)), max_shard_bytes=shard, **fields
+    )
+
+
+def _plan(
+    recipe: Recipe, max_memory: str | int | None, workers: int | None
+) -> tuple[Plan, list[Adapter]]:
+    threads = len(os.sched_getaffinity(0)) if workers is None else workers
+    if threads < 1:
+        raise RecipeError(f"workers must be at least 1, not {workers}", option="workers")
+    budget = allow(max_memory, threads=threads)
+    table = NameTable()
+    manifests = [read_adapter(path, table) for path in recipe.adapters]
+    return make_plan(manifests, recipe, budget), manifests
+
+
+def _work(
+    planned: Plan, manifests: Sequence[Adapter], directory: Path, tell: events.OnEvent
+) -> list[Receipt]:
+    # torch and dask are loaded here, when there is work for them, and not for a plan.
+    from streammerge.worker import Job
+
+    regions = [region for task in planned.tasks for region in (task.a, task.b)]
+    starts = allocate(directory, planned.files, regions, planned.dtype)
+    job = Job(planned, manifests, directory, starts)
+    tell(events.Planned(len(planned.tasks), planned.read_bytes, planned.write_bytes))
+
+    def on_receipt(task: Task, receipt: Receipt) -> None:
+        tell(events.TaskDone(task.target, task.read_bytes, task.write_bytes, receipt.seconds))
+
+    try:
+        return _execute(job, on_receipt)
+    finally:
+        job.files.close()
+
+
+def _execute(job: Job, on_receipt: Any) -> list[Receipt]:
+    if job.plan.concurrency == 1:
+        from streammerge.executors.serial import run_serial
+
+        return run_serial(job, on_receipt)
+    from streammerge.executors.threads import run_threads
+
+    return run_threads(job, on_receipt)
+
+
+def _finish(
+    planned: Plan,
+    manifests: Sequence[Adapter],
+    directory: Path,
+    receipts: Sequence[Receipt],
+    modules: Sequence[ModuleReport],
+) -> None:
+    """Read every region back, make the files durable, and write config and record."""
+    from streammerge.worker import fingerprint
+
+    for file in planned.files:
+        sync_file(directory / file.name)
+    tensors = _read_back(planned, directory, receipts)
+    record.write_config(directory, planned)
+    facts = {
+        "streammerge": metadata.version("streammerge"),
+        "fingerprint": fingerprint(),
+        "inputs": _inputs(planned, manifests, receipts),
+        "modules": {report.target: _facts(report) for report in modules},
+    }
+    record.write_record(directory, planned, facts, tensors)
+    written = read_adapter(str(directory), NameTable())
+    if len(written) != len(planned.tasks) or not (scalings(written, None) == 1.0).all():
+        raise MergeFailedError(f"{directory}: what was written does not read back as planned")
+
+
+def _read_back(planned: Plan, directory: Path, receipts: Sequence[Receipt]) -> dict[str, str]:
+    """Compare every region with its receipt; return the checksums by tensor."""
+    from streammerge.output.record import headers
+
+    regions = [region for task in planned.tasks for region in (task.a, task.b)]
+    starts = [len(header) for header in headers(planned.files, regions, planned.dtype)]
+    checksums = [checksum for receipt in receipts for checksum in receipt.checksums]
+    problems = []
+    for region, checksum in zip(regions, checksums, strict=True):
+        name = planned.files[region.file].name
+        if region_checksum(directory / name, starts[region.file], region) != checksum:
+            problems.append(f"{name}: {region.name} does not read back as it was written")
+    if problems:
+        raise VerificationError(path=str(directory), problems=tuple(problems))
+    return {region.name: checksum for region, checksum in zip(regions, checksums, strict=True)}
+
+
+def _inputs(
+    planned: Plan, manifests: Sequence[Adapter], receipts: Sequence[Receipt]
+) -> list[dict[str, Any]]:
+    """Return, for each adapter, what it was and one checksum over all its tensors that were read."""
+    digests = [xxhash.xxh3_128() for _ in manifests]
+    counts = [0] * len(manifests)
+    for task, receipt in zip(planned.tasks, receipts, strict=True):
+        positions = planned.sources.adapter[task.first : task.last]
+        for position, checksums in zip(positions, receipt.inputs, strict=True):
+            digests[position].update("".join((task.target, *checksums)).encode())
+            counts[position] += 1
+    return [
+        {
+            "path": manifest.path,
+            "files": {Path(file.path).name: file.size for file in manifest.files},
+            "targets_used": count,
+            "xxh3": digest.hexdigest(),
+        }
+        for manifest, digest, count in zip(manifests, digests, counts, strict=True)
+    ]
+
+
+def _report(task: Task, receipt: Receipt) -> ModuleReport:
+    certificate = receipt.certificate
+    return ModuleReport(
+        target=task.target,
+        m=task.m,
+        n=task.n,
+        rank=task.rank,
+        adapters=task.last - task.first,
+        route=task.route,
+        kept_energy=certificate.kept_energy if certificate else None,
+        relative_error=certificate.relative_error if certificate else None,
+        excess=certificate.excess if certificate else None,
+        converged=certificate.converged if certificate else True,
+    )
+
+
+def _facts(report: ModuleReport) -> dict[str, Any]:
+    return {name: value for name, value in asdict(report).items() if name != "target"}
+
+
+def _late_notices(modules: Sequence[ModuleReport]) -> list[str]:
+    missed = [module.target for module in modules if not module.converged]
+    if not missed:
+        return []
+    return [
+        f"{len(missed)} targets did not reach the tolerance of the truncated SVD in the planned "
+        f"passes (such as {missed[0]}); streammerge.json says how far each is off"
+    ]
+
+
+class StreammergeWarning(UserWarning):
+    """A notice, where nobody listens to events."""
+
+
+def _warn(event: events.Event) -> None:
+    if isinstance(event, events.Notice):
+        warnings.warn(event.message, StreammergeWarning, stacklevel=3)

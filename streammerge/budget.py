@@ -1,0 +1,181 @@
+"""How much memory a run may take: allowed, reserved, and where the number came from.
+
+Four words, never a fifth: *allowed* is what the user gave, for the whole process as `top` shows
+it; *reserved* is what interpreter, libraries and thread pools take before any work; *projected*
+is what a task promises to hold; *peak* is what was measured. All in bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from streammerge.errors import RecipeError
+
+KIB = 1024
+MIB = 1024**2
+GIB = 1024**3
+
+HEADROOM = 0.85
+"""Share of what the machine grants that a run allows itself when nothing was said."""
+
+RESERVED_BYTES = 300 * MIB
+"""Interpreter, torch and its libraries, before any work."""
+
+RESERVED_BYTES_PER_THREAD = 8 * MIB
+"""A worker thread's stack and its allocator arena."""
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "k": KIB,
+    "kb": 1000,
+    "kib": KIB,
+    "m": MIB,
+    "mb": 1000**2,
+    "mib": MIB,
+    "g": GIB,
+    "gb": 1000**3,
+    "gib": GIB,
+    "t": 1024**4,
+    "tb": 1000**4,
+    "tib": 1024**4,
+}
+
+
+def parse_size(text: str | int, *, option: str) -> int:
+    """Return the bytes that `text` names: 1073741824, "512MiB", "2 GB", "1.5g".
+
+    Raises:
+        RecipeError: not a size, or not positive.
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        size = text
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z]*)\s*", str(text))
+        unit = _UNITS.get(match[2].lower()) if match else None
+        if match is None or unit is None:
+            raise RecipeError(
+                f"{option}: {text!r} is not a size; write it like 512MiB, 2GiB or 4GB",
+                option=option,
+            )
+        size = int(float(match[1]) * unit)
+    if size <= 0:
+        raise RecipeError(f"{option}: {text!r} is not a positive size", option=option)
+    return size
+
+
+def format_size(size: float) -> str:
+    """Return `size` bytes for people: "37 B", "1.5 MiB"."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if abs(size) >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size:.0f} B"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The memory of one run, in bytes."""
+
+    allowed_bytes: int
+    """For the whole process, as the resident set size shows it."""
+    origin: str
+    """Where the number came from, for people."""
+    threads: int = 1
+    """Tasks that may be in flight at once."""
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What interpreter, libraries and threads take before any task."""
+        return RESERVED_BYTES + self.threads * RESERVED_BYTES_PER_THREAD
+
+    @property
+    def task_bytes(self) -> int:
+        """What each of the tasks in flight may hold; not positive when nothing is left."""
+        return (self.allowed_bytes - self.reserved_bytes) // self.threads
+
+
+def allow(max_memory: str | int | None, *, threads: int = 1) -> Budget:
+    """Return the budget that the user asked for, or what the machine grants, with headroom."""
+    if max_memory is not None:
+        size = parse_size(max_memory, option="max_memory")
+        return Budget(allowed_bytes=size, origin="max_memory", threads=threads)
+    size, origin = min(granted_by_machine())
+    return Budget(
+        allowed_bytes=int(size * HEADROOM),
+        origin=f"{HEADROOM:.0%} of {format_size(size)} ({origin})",
+        threads=threads,
+    )
+
+
+def granted_by_machine(
+    root: Path = Path("/"), environ: Mapping[str, str] | None = None
+) -> list[tuple[int, str]]:
+    """Return every limit on this process's memory, each with its origin.
+
+    Args:
+        root: where /proc and /sys are looked for.
+        environ: the environment; that of the process when None.
+    """
+    environ = os.environ if environ is None else environ
+    limits = [(_physical_bytes(), "physical memory")]
+    limits += _cgroup_limits(root)
+    for name in ("RLIMIT_AS", "RLIMIT_DATA"):
+        soft, _ = resource.getrlimit(getattr(resource, name))
+        if soft != resource.RLIM_INFINITY:
+            limits.append((soft, name))
+    limits += _slurm_limits(environ)
+    return limits
+
+
+def _physical_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cgroup_limits(root: Path) -> Iterator[tuple[int, str]]:
+    """Yield the limits of this process's control groups and their parents, v1 and v2."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    mount = root / "sys/fs/cgroup"
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            base, name, version = mount, "memory.max", "v2"
+        elif "memory" in controllers.split(","):
+            base, name, version = mount / "memory", "memory.limit_in_bytes", "v1"
+        else:
+            continue
+        directory = base / group.lstrip("/")
+        for parent in (directory, *directory.parents):
+            limit = _read_limit(parent / name)
+            if limit is not None:
+                yield limit, f"memory cgroup {version}"
+            if parent == base:
+                break
+
+
+def _read_limit(path: Path) -> int | None:
+    """Return the limit in a control group's file, None where there is none."""
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    # cgroup v1 writes "no limit" as the largest multiple of the page size.
+    return int(text) if text.isdigit() and int(text) < 2**62 else None
+
+
+def _slurm_limits(environ: Mapping[str, str]) -> Iterator[tuple[int, str]]:
+    """Yield what SLURM granted; its variables are in MiB, and 0 means the whole node."""
+    per_node = environ.get("SLURM_MEM_PER_NODE", "")
+    if per_node.isdigit() and int(per_node):
+        yield int(per_node) * MIB, "SLURM_MEM_PER_NODE"
+    per_cpu = environ.get("SLURM_MEM_PER_CPU", "")
+    cpus = environ.get("SLURM_CPUS_ON_NODE", "")
+    if per_cpu.isdigit() and cpus.isdigit() and int(per_cpu):
+        yield int(per_cpu) * int(cpus) * MIB, "SLURM_MEM_PER_CPU"

@@ -1,0 +1,164 @@
+"""What every rule, space and method is called, needs and costs. No tensor code lives here.
+
+A *rule* says how N tensors become one, a *space* what the rule is applied to and how the answer
+becomes a pair (A, B) again. PEFT's combination types are names for a (rule, space) pair. A rule's
+code is one file under `rules/`, a space's one file under `spaces/`; both are found by the name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["element-wise", "coefficient", "spectral"]
+Sparsity = Literal["none", "largest", "random"]
+
+
+@dataclass(frozen=True)
+class RuleSpec:
+    """One rule."""
+
+    name: str
+    kind: Kind
+    summary: str
+    source: str
+    """The paper, or PEFT where it was defined there."""
+    sparsity: Sparsity = "none"
+    """Which elements it keeps: all, the largest by magnitude, or random ones."""
+    elects: bool = False
+    """Whether it takes `majority_sign`."""
+    sweeps: int = 1
+    """How often it goes over the N tensors of a tile."""
+    tile_buffers: int = 3
+    """Tile-sized buffers of the compute dtype alive at once, the incoming tensor included."""
+    operations: int = 2
+    """Arithmetic operations for each element of each of the N tensors."""
+
+    @property
+    def needs_density(self) -> bool:
+        """Whether the rule keeps a share of the elements."""
+        return self.sparsity != "none"
+
+    @property
+    def needs_seed(self) -> bool:
+        """Whether the rule draws random numbers."""
+        return self.sparsity == "random"
+
+
+@dataclass(frozen=True)
+class SpaceSpec:
+    """One space."""
+
+    name: str
+    summary: str
+    equal_ranks: bool
+    """Whether all adapters need the same rank in a target."""
+    truncates: bool
+    """Whether the result is cut to a rank, so that `rank` and `clamp` make sense."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One name for a (rule, space) pair."""
+
+    name: str
+    rule: str
+    space: str
+
+
+_TIES = "Yadav et al. 2023, arXiv 2306.01708"
+_DARE = "Yu et al. 2023, arXiv 2311.03099"
+
+RULES: dict[str, RuleSpec] = {
+    rule.name: rule
+    for rule in (
+        RuleSpec(
+            name="linear",
+            kind="element-wise",
+            summary="weighted sum",
+            source="Ilharco et al. 2022, arXiv 2212.04089",
+        ),
+        RuleSpec(
+            name="ties",
+            kind="element-wise",
+            summary="keep the largest, elect a sign, mean of those that agree",
+            source=_TIES,
+            sparsity="largest",
+            elects=True,
+            sweeps=2,
+            tile_buffers=7,
+            operations=16,
+        ),
+        RuleSpec(
+            name="dare_linear",
+            kind="element-wise",
+            summary="keep random elements, rescale, weighted sum",
+            source=_DARE,
+            sparsity="random",
+            tile_buffers=7,
+            operations=14,
+        ),
+        RuleSpec(
+            name="dare_ties",
+            kind="element-wise",
+            summary="keep random elements, rescale, elect a sign, mean of those that agree",
+            source=_DARE,
+            sparsity="random",
+            elects=True,
+            sweeps=2,
+            tile_buffers=9,
+            operations=32,
+        ),
+        RuleSpec(
+            name="magnitude_prune",
+            kind="element-wise",
+            summary="keep the largest, weighted sum",
+            source="PEFT",
+            sparsity="largest",
+            tile_buffers=5,
+            operations=6,
+        ),
+    )
+}
+
+SPACES: dict[str, SpaceSpec] = {
+    space.name: space
+    for space in (
+        SpaceSpec(
+            name="exact",
+            summary="the sum itself, factors side by side: rank is the sum of ranks",
+            equal_ranks=False,
+            truncates=False,
+        ),
+        SpaceSpec(
+            name="factor",
+            summary="the rule on all A's and on all B's, each on their own",
+            equal_ranks=True,
+            truncates=False,
+        ),
+        SpaceSpec(
+            name="delta",
+            summary="the rule on the deltas B·A·s, then the best approximation of a rank",
+            equal_ranks=False,
+            truncates=True,
+        ),
+    )
+}
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("linear", "linear", "factor"),
+        Method("cat", "linear", "exact"),
+        Method("svd", "linear", "delta"),
+        Method("ties", "ties", "factor"),
+        Method("ties_svd", "ties", "delta"),
+        Method("dare_linear", "dare_linear", "factor"),
+        Method("dare_ties", "dare_ties", "factor"),
+        Method("dare_linear_svd", "dare_linear", "delta"),
+        Method("dare_ties_svd", "dare_ties", "delta"),
+        Method("magnitude_prune", "magnitude_prune", "factor"),
+        Method("magnitude_prune_svd", "magnitude_prune", "delta"),
+    )
+}
+"""PEFT's eleven combination types."""

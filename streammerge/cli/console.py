@@ -1,0 +1,73 @@
+"""What all commands share: text that is safe to print, and errors that become exit codes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import click
+
+from streammerge.errors import StreammergeError
+
+
+def printable(text: object) -> str:
+    """Return text without control characters: names in files may hold terminal escapes."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
+        for c in str(text)
+    )
+
+
+def say(text: object) -> None:
+    """Print a line of the result to standard output."""
+    click.echo(printable(text))
+
+
+def remark(text: object) -> None:
+    """Print a line about the run to standard error."""
+    click.echo(printable(text), err=True)
+
+
+def say_json(value: Any) -> None:
+    """Print a result for machines to standard output."""
+    click.echo(json.dumps(value))
+
+
+def with_exit_codes(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn errors into a message and their exit code; with --json also into a JSON object."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        signal.signal(signal.SIGTERM, _terminate)
+        try:
+            command(*args, **kwargs)
+        except StreammergeError as error:
+            if kwargs.get("as_json"):
+                facts = {"type": type(error).__name__, "message": str(error)}
+                say_json({"error": facts, "exit_code": error.exit_code})
+            remark(f"error: {error}")
+            raise SystemExit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            remark("error: stopped; nothing was left at the output's name")
+            raise SystemExit(1) from error
+
+    return run
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def table(rows: list[tuple[object, ...]], header: tuple[str, ...]) -> str:
+    """Return rows as aligned columns."""
+    lines = [header, *[tuple(printable(cell) for cell in row) for row in rows]]
+    widths = [max(len(str(line[i])) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)
+        ).rstrip()
+        for line in lines
+    )

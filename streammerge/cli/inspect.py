@@ -1,0 +1,68 @@
+"""`streammerge inspect`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streammerge.cli.console import say, say_json, with_exit_codes
+
+if TYPE_CHECKING:
+    from streammerge.adapter import Adapter
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@with_exit_codes
+def inspect(paths: tuple[str, ...], as_json: bool) -> None:
+    """Show what the adapters at PATHS are, from config and headers alone."""
+    from streammerge.api import open_adapter
+
+    facts = [_facts(open_adapter(path)) for path in paths]
+    if as_json:
+        say_json(facts)
+        return
+    for position, fact in enumerate(facts):
+        if position:
+            say("")
+        for name, value in fact.items():
+            say(f"{name:<15} {_shown(value)}")
+
+
+def _facts(adapter: Adapter) -> dict[str, Any]:
+    from streammerge.adapter import DTYPES
+
+    columns, config = adapter.columns, adapter.config
+    kinds = ("linear", "embedding", "convolution")
+    modules = Counter(adapter.target(row).rsplit(".", 1)[-1] for row in range(len(adapter)))
+    unexplained = int((columns.declared_rank != columns.rank).sum())
+    return {
+        "path": adapter.path,
+        "base model": config.base_model if config else None,
+        "task": config.task_type if config else None,
+        "targets": len(adapter),
+        "modules": dict(sorted(modules.items())),
+        "layers": dict(Counter(kinds[kind] for kind in columns.kind.tolist())),
+        "ranks": dict(sorted(Counter(columns.rank.tolist()).items())),
+        "alphas": sorted(set(columns.alpha.tolist())) if config else None,
+        "rslora": config.use_rslora if config else None,
+        "dtypes": [DTYPES[code] for code in sorted(set(columns.a_dtype) | set(columns.b_dtype))],
+        "parameters": int((columns.rank * (columns.m + columns.n)).sum()),
+        "bytes": sum(file.size for file in adapter.files),
+        "files": len(adapter.files),
+        "key prefixes": list(adapter.prefixes),
+        "scaling": f"unknown for {unexplained} targets" if unexplained else "known",
+        "extra tensors": list(adapter.extras),
+    }
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} ({count})" for name, count in value.items())
+    if isinstance(value, list):
+        shown = ", ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value[:8])
+        return shown + (f", … ({len(value)} in all)" if len(value) > 8 else "") if value else "none"
+    return "not stated" if value is None else str(value)

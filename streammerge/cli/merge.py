@@ -1,0 +1,69 @@
+"""`streammerge merge`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streammerge.cli.console import remark, say, say_json, with_exit_codes
+from streammerge.cli.options import merge_options
+
+if TYPE_CHECKING:
+    from streammerge.api import MergeResult
+
+
+@click.command()
+@merge_options
+@click.option("-o", "--output", required=True, type=click.Path(), help="Directory to make.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@with_exit_codes
+def merge(adapters: tuple[str, ...], output: str, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Merge ADAPTERS (PEFT directories) into one adapter.
+
+    \b
+    streammerge merge A B C -o OUT --method ties --weights 2.0,0.3,0.7 --density 0.2
+    """
+    from streammerge.api import merge as run
+    from streammerge.cli.progress import Progress
+
+    with Progress(quiet=quiet) as progress:
+        result = run(adapters, output, on_event=progress, **options)
+    for notice in result.notices:
+        remark(f"note: {notice}")
+    if as_json:
+        say_json(_facts(result))
+    else:
+        say(_summary(result))
+
+
+def _summary(result: MergeResult) -> str:
+    from streammerge.budget import format_size
+
+    plan = result.plan
+    lines = [
+        f"{result.output}: {len(result.modules)} targets from "
+        f"{len(plan.recipe['adapters'])} adapters, {format_size(plan.write_bytes)}, "
+        f"{result.seconds:.1f} s"
+    ]
+    errors = [(m.relative_error, m.target) for m in result.modules if m.relative_error is not None]
+    if errors:
+        mean = sum(error for error, _ in errors) / len(errors)
+        worst, target = max(errors)
+        lines.append(
+            f"cut to rank {plan.config['r']}: relative error {mean:.3g} on average, {worst:.3g} "
+            f"at most ({target})"
+        )
+    return "\n".join(lines)
+
+
+def _facts(result: MergeResult) -> dict[str, Any]:
+    return {
+        "output": str(result.output),
+        "read_bytes": result.plan.read_bytes,
+        "write_bytes": result.plan.write_bytes,
+        "seconds": result.seconds,
+        "notices": list(result.notices),
+        "modules": [asdict(module) for module in result.modules],
+    }

@@ -1,0 +1,87 @@
+"""`streammerge plan`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streammerge.cli.console import remark, say, say_json, table, with_exit_codes
+from streammerge.cli.options import merge_options
+
+if TYPE_CHECKING:
+    from streammerge.plans import Plan
+
+SHOWN_TASKS = 8
+
+
+@click.command()
+@merge_options
+@click.option("-o", "--output", type=click.Path(), help="Checked if given; nothing is written.")
+@with_exit_codes
+def plan(adapters: tuple[str, ...], output: str | None, as_json: bool, **options: Any) -> None:
+    """Show what merging ADAPTERS would read, write and hold. Runs nothing."""
+    from streammerge.api import plan as make
+
+    made = make(adapters, output, **options)
+    if as_json:
+        say_json(json.loads(made.to_json()))
+        return
+    say(_totals(made))
+    say("")
+    say(_largest(made))
+    for notice in made.notices:
+        remark(f"note: {notice}")
+
+
+def _totals(plan: Plan) -> str:
+    from streammerge.budget import format_size
+
+    ranks = Counter(task.rank for task in plan.tasks)
+    routes = Counter(task.route for task in plan.tasks)
+    rows: list[tuple[object, ...]] = [
+        ("method", f"{plan.recipe['method']}: rule {plan.rule}, space {plan.space}"),
+        ("adapters", len(plan.recipe["adapters"])),
+        ("targets", len(plan.tasks)),
+        ("output rank", _counts(ranks)),
+        ("output dtype", plan.dtype),
+        ("reads", format_size(plan.read_bytes)),
+        ("writes", f"{format_size(plan.write_bytes)} in {len(plan.files)} file(s)"),
+        ("route", _counts(routes)),
+        ("tasks at once", plan.concurrency),
+        ("memory allowed", f"{format_size(plan.allowed_bytes)}, {plan.allowed_origin}"),
+        ("memory reserved", f"{format_size(plan.reserved_bytes)} for the process itself"),
+        ("memory projected", f"{format_size(plan.projected_bytes)} at most"),
+        ("arithmetic", f"{sum(task.flops for task in plan.tasks) / 1e9:.2f} Gflop"),
+    ]
+    return "\n".join(f"{name:<17} {value}" for name, value in rows)
+
+
+def _counts(counts: Counter[Any]) -> str:
+    if len(counts) == 1:
+        return str(next(iter(counts)))
+    return ", ".join(f"{value} ({count} targets)" for value, count in counts.most_common(6))
+
+
+def _largest(plan: Plan) -> str:
+    from streammerge.budget import format_size
+
+    tasks = sorted(plan.tasks, key=lambda task: (-task.projected_bytes, task.target))
+    rows: list[tuple[object, ...]] = [
+        (
+            task.target,
+            f"{task.m}x{task.n}",
+            task.last - task.first,
+            task.rank,
+            task.route,
+            format_size(task.read_bytes),
+            format_size(task.write_bytes),
+            format_size(task.projected_bytes),
+        )
+        for task in tasks[:SHOWN_TASKS]
+    ]
+    more = len(tasks) - len(rows)
+    header = ("target", "shape", "adapters", "rank", "route", "reads", "writes", "holds")
+    return table(rows, header) + (f"\n… and {more} targets that hold no more" if more else "")

@@ -1,0 +1,67 @@
+"""Progress on a terminal as a bar, elsewhere as a line now and then."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from streammerge import events
+from streammerge.cli.console import remark
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Progress:
+    """Listens to a run's events and shows how far it is, on standard error."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: Any = None
+        self._total = 0
+        self._done = 0
+        self._began = self._last = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, event: events.Event) -> None:
+        """Take one event."""
+        if self._quiet:
+            return
+        if isinstance(event, events.Planned):
+            self._total = event.read_bytes
+            self._began = self._last = time.monotonic()
+            if sys.stderr.isatty():
+                self._open_bar()
+        elif isinstance(event, events.TaskDone):
+            self._advance(event.read_bytes)
+
+    def _open_bar(self) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=self._total, unit="B", unit_scale=True, desc="merging", dynamic_ncols=True
+        )
+
+    def _advance(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._bar is not None:
+            self._bar.update(nbytes)
+            return
+        now = time.monotonic()
+        if now - self._last >= SECONDS_BETWEEN_LINES:
+            self._last = now
+            share = self._done / max(1, self._total)
+            left = (now - self._began) * (1 - share) / max(share, 1e-9)
+            remark(f"merging: {share:.0%} of {self._total} bytes, about {left:.0f} s left")

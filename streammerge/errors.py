@@ -1,0 +1,265 @@
+"""Every error that streammerge raises on purpose, one tree.
+
+StreammergeError
+├── RefusedError                 before any work: nothing was written; exit code 2
+│   ├── RecipeError              an option is wrong, missing, or does not go with another
+│   ├── AdapterError             one adapter cannot be used
+│   │   ├── MissingFileError     a file that the adapter needs is not there
+│   │   ├── CorruptFileError     a file is not what its name or its header says
+│   │   ├── UnsupportedAdapterError   a format or variant known by name, but not merged
+│   │   ├── UnknownScalingError  the config cannot explain the rank of a tensor
+│   │   └── ExtraTensorsError    tensors that are not LoRA factors, and no choice what to do
+│   ├── IncompatibleError        adapters that do not fit together
+│   ├── BudgetError              the merge cannot be done inside the allowed memory
+│   ├── OutputExistsError        something lies at the output's name
+│   └── OutputBusyError          another merge is writing to the same output
+├── MergeFailedError             during the work: the output's name is untouched; exit code 1
+│   ├── NonFiniteError           NaN or infinity in an input tensor
+│   ├── OutputOverflowError      a merged value does not fit the output's dtype
+│   ├── ClampError               the clamp's quantile is negative on this target
+│   ├── InputChangedError        an input file is not the one that was planned with
+│   └── StorageError             the output could not be written
+└── VerificationError            an output's bytes are not those that were recorded; exit code 1
+"""
+
+from __future__ import annotations
+
+
+class StreammergeError(Exception):
+    """Root of the tree; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class RefusedError(StreammergeError):
+    """Refused before any work; nothing was written."""
+
+    exit_code = 2
+
+
+class RecipeError(RefusedError, ValueError):
+    """An option is wrong, missing, or does not go with another.
+
+    Attributes:
+        option: name of the option at fault, as in the Python call.
+    """
+
+    def __init__(self, message: str, *, option: str) -> None:
+        super().__init__(message)
+        self.option = option
+
+
+class AdapterError(RefusedError, ValueError):
+    """One adapter cannot be used.
+
+    Attributes:
+        path: the directory or file at fault.
+        tensor: the tensor's full name in the file, or None.
+    """
+
+    def __init__(self, message: str, *, path: str, tensor: str | None = None) -> None:
+        where = f"{path}: {tensor}" if tensor else path
+        super().__init__(f"{where}: {message}")
+        self.path = path
+        self.tensor = tensor
+
+
+class MissingFileError(AdapterError, FileNotFoundError):
+    """A file that the adapter needs is not there."""
+
+
+class CorruptFileError(AdapterError):
+    """A file is not what its name or its header says."""
+
+
+class UnsupportedAdapterError(AdapterError):
+    """A format or variant that is known by name, but not merged.
+
+    Attributes:
+        variant: its name, such as "DoRA".
+    """
+
+    def __init__(self, message: str, *, path: str, variant: str, tensor: str | None = None) -> None:
+        super().__init__(message, path=path, tensor=tensor)
+        self.variant = variant
+
+
+class UnknownScalingError(AdapterError):
+    """The config cannot explain the rank of a tensor, so its scaling is unknown.
+
+    Attributes:
+        declared_rank: the rank that the config gives this module, None without a config.
+        found_rank: the rank of the tensor.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str,
+        tensor: str,
+        declared_rank: int | None,
+        found_rank: int,
+    ) -> None:
+        super().__init__(message, path=path, tensor=tensor)
+        self.declared_rank = declared_rank
+        self.found_rank = found_rank
+
+
+class ExtraTensorsError(AdapterError):
+    """The file holds tensors that are not LoRA factors, and no choice was made about them.
+
+    Attributes:
+        names: all of them.
+    """
+
+    def __init__(self, message: str, *, path: str, names: tuple[str, ...]) -> None:
+        super().__init__(message, path=path)
+        self.names = names
+
+
+class IncompatibleError(RefusedError, ValueError):
+    """Adapters that do not fit together.
+
+    Attributes:
+        target: the target module, or None where the whole adapters disagree.
+        paths: the adapters that disagree.
+    """
+
+    def __init__(self, message: str, *, target: str | None, paths: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.target = target
+        self.paths = paths
+
+
+class BudgetError(RefusedError):
+    """The merge cannot be done inside the allowed memory.
+
+    Attributes:
+        target: the target that needs most.
+        projected_bytes: what that target's task holds at least, above the reserved bytes.
+        allowed_bytes: what was allowed for the whole process.
+        smallest_bytes: the smallest budget that works.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        target: str,
+        projected_bytes: int,
+        allowed_bytes: int,
+        smallest_bytes: int,
+    ) -> None:
+        super().__init__(message)
+        self.target = target
+        self.projected_bytes = projected_bytes
+        self.allowed_bytes = allowed_bytes
+        self.smallest_bytes = smallest_bytes
+
+
+class OutputExistsError(RefusedError, FileExistsError):
+    """Something lies at the output's name."""
+
+
+class OutputBusyError(RefusedError):
+    """Another merge is writing to the same output."""
+
+
+class MergeFailedError(StreammergeError):
+    """The work failed; nothing lies at the output's name that was not there before."""
+
+
+class NonFiniteError(MergeFailedError, ValueError):
+    """NaN or infinity in an input tensor.
+
+    Attributes:
+        path: the file.
+        tensor: the tensor's full name in it.
+        value: "nan" or "inf".
+    """
+
+    def __init__(self, *, path: str, tensor: str, value: str) -> None:
+        super().__init__(
+            f"{path}: {tensor}: holds {value}; a merge would spread it over the whole target. "
+            "Leave this adapter out, or repair it"
+        )
+        self.path = path
+        self.tensor = tensor
+        self.value = value
+
+
+class OutputOverflowError(MergeFailedError, OverflowError):
+    """A merged value does not fit the output's dtype.
+
+    Attributes:
+        tensor: the output tensor's full name.
+        value: the largest magnitude that was to be written.
+        dtype: the output's dtype.
+    """
+
+    def __init__(self, *, tensor: str, value: float, dtype: str) -> None:
+        super().__init__(
+            f"{tensor}: a merged value of magnitude {value:.6g} does not fit {dtype}; "
+            "ask for another output dtype (bfloat16 or float32)"
+        )
+        self.tensor = tensor
+        self.value = value
+        self.dtype = dtype
+
+
+class ClampError(MergeFailedError, ValueError):
+    """The clamp's quantile is negative on a target, so that no interval is left.
+
+    Attributes:
+        target: the target module.
+        quantile: the quantile asked for.
+        limit: its value on this target.
+    """
+
+    def __init__(self, *, target: str, quantile: float, limit: float) -> None:
+        super().__init__(
+            f"{target}: the {quantile:g}-quantile of the factors' entries is {limit:.6g}; a clamp "
+            "needs a positive one. Choose a larger clamp (0.99 is usual)"
+        )
+        self.target = target
+        self.quantile = quantile
+        self.limit = limit
+
+
+class InputChangedError(MergeFailedError):
+    """An input file is not the one that was planned with.
+
+    Attributes:
+        path: the file.
+    """
+
+    def __init__(self, message: str, *, path: str) -> None:
+        super().__init__(f"{path}: {message}")
+        self.path = path
+
+
+class StorageError(MergeFailedError, OSError):
+    """The output could not be written.
+
+    Attributes:
+        path: the file.
+    """
+
+    def __init__(self, message: str, *, path: str) -> None:
+        super().__init__(f"{path}: {message}")
+        self.path = path
+
+
+class VerificationError(StreammergeError):
+    """An output's bytes are not those that were recorded when it was written.
+
+    Attributes:
+        path: the output directory.
+        problems: one sentence for each thing that is wrong.
+    """
+
+    def __init__(self, *, path: str, problems: tuple[str, ...]) -> None:
+        super().__init__(f"{path}: " + "; ".join(problems))
+        self.path = path
+        self.problems = problems

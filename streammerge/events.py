@@ -1,0 +1,48 @@
+"""What a run says while it goes: frozen facts, for progress bars and logs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The plan is made; the work starts now."""
+
+    tasks: int
+    read_bytes: int
+    write_bytes: int
+
+
+@dataclass(frozen=True)
+class TaskDone:
+    """One target is merged and its regions are written."""
+
+    target: str
+    read_bytes: int
+    write_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Published:
+    """The output lies at its name."""
+
+    path: str
+    write_bytes: int
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that the user should know and that stops nothing."""
+
+    message: str
+
+
+Event = Planned | TaskDone | Published | Notice
+OnEvent = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """Take an event and do nothing."""

@@ -1,0 +1,98 @@
+"""dask on this machine's cores: a graph of bundles of tasks, run by dask's threaded scheduler."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+import dask
+from dask.delayed import delayed
+
+from streammerge.plans import Task
+from streammerge.worker import Job, Receipt, one_thread_each, run_task
+
+BUNDLES_PER_THREAD = 16
+"""Small targets share a node of the graph; more nodes balance better and cost more scheduling."""
+
+T = TypeVar("T")
+
+OnReceipt = Callable[[Task, Receipt], None]
+
+
+def run_threads(job: Job, on_receipt: OnReceipt) -> list[Receipt]:
+    """Run all tasks of a job, as many at once as the plan allows.
+
+    The number of tasks in flight times what they hold is within the budget: the pool has as many
+    threads as the plan's concurrency, and each runs one task at a time.
+
+    Returns:
+        The receipts in the plan's order.
+    """
+    stop = threading.Event()
+    report = _one_at_a_time(on_receipt)
+    nodes = [
+        delayed(_run_bundle, pure=False)(
+            _Hidden(job), _Hidden(bundle), report, stop, dask_key_name=_node_name(bundle, number)
+        )
+        for number, bundle in enumerate(bundles(job.plan.tasks, job.plan.concurrency))
+    ]
+    with one_thread_each(), ThreadPoolExecutor(job.plan.concurrency) as pool:
+        try:
+            done = dask.compute(*nodes, scheduler="threads", pool=pool, optimize_graph=False)
+        finally:
+            # After a failure other threads finish the task in hand and leave their bundles.
+            stop.set()
+    return [receipt for receipts in done for receipt in receipts]
+
+
+def bundles(tasks: Sequence[Task], threads: int) -> list[tuple[Task, ...]]:
+    """Cut the tasks, in order, into bundles of about equal work."""
+    share = sum(task.flops + task.read_bytes for task in tasks) / (threads * BUNDLES_PER_THREAD)
+    result: list[list[Task]] = []
+    room = 0.0
+    for task in tasks:
+        if room <= 0 or not result:
+            result.append([])
+            room = share
+        result[-1].append(task)
+        room -= task.flops + task.read_bytes
+    return [tuple(bundle) for bundle in result]
+
+
+def _run_bundle(
+    job: _Hidden[Job],
+    bundle: _Hidden[tuple[Task, ...]],
+    on_receipt: OnReceipt,
+    stop: threading.Event,
+) -> list[Receipt]:
+    receipts = []
+    for task in bundle.value:
+        if stop.is_set():
+            break
+        receipts.append(run_task(job.value, task))
+        on_receipt(task, receipts[-1])
+    return receipts
+
+
+class _Hidden(Generic[T]):
+    """A value that dask passes on as it is, without looking into it for more graph."""
+
+    def __init__(self, value: T) -> None:
+        self.value = value
+
+
+def _node_name(bundle: tuple[Task, ...], number: int) -> str:
+    more = f"+{len(bundle) - 1}" if len(bundle) > 1 else ""
+    return f"merge-{number:05d}-{bundle[0].target}{more}"
+
+
+def _one_at_a_time(on_receipt: OnReceipt) -> OnReceipt:
+    lock = threading.Lock()
+
+    def report(task: Task, receipt: Receipt) -> None:
+        with lock:
+            on_receipt(task, receipt)
+
+    return report

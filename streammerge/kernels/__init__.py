@@ -1,0 +1,1 @@
+"""Streamed maths over "give me tile i" callables: merged tiles, thresholds, truncated SVDs."""

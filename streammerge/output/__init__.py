@@ -1,0 +1,1 @@
+"""The output directory: header first, regions as they come, checked, published by a rename."""

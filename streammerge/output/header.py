@@ -1,0 +1,28 @@
+"""The safetensors header of an output file, known before any tensor is computed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from streammerge.plans import Region
+
+_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def render_header(regions: Iterable[Region], dtype: str) -> bytes:
+    """Return the length field and the JSON header for a file with these regions.
+
+    The JSON is filled up with spaces so that the data begin at a multiple of eight bytes, as the
+    format recommends; the metadata is what PEFT writes.
+    """
+    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for region in regions:
+        fields[region.name] = {
+            "dtype": _NAMES[dtype],
+            "shape": region.shape,
+            "data_offsets": (region.offset, region.offset + region.nbytes),
+        }
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,199 @@
+"""streammerge.json: what was merged, how, from what, and a checksum of everything written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from streammerge.errors import CorruptFileError, MissingFileError, StorageError
+from streammerge.output.staging import MARK_NAME
+from streammerge.output.writer import READ_BYTES, headers, region_checksum, write_file
+from streammerge.plans import OutputFile, Plan, Region
+
+CONFIG_NAME = "adapter_config.json"
+INDEX_NAME = "adapter_model.safetensors.index.json"
+TIMINGS_NAME = "streammerge-timings.json"
+FORMAT = 1
+
+
+def write_config(directory: Path, plan: Plan) -> None:
+    """Write adapter_config.json, and the index where there are shards."""
+    write_file(directory / CONFIG_NAME, _pretty(plan.config))
+    if len(plan.files) > 1:
+        regions = [region for task in plan.tasks for region in (task.a, task.b)]
+        index = {
+            "metadata": {"total_size": plan.write_bytes},
+            "weight_map": {r.name: plan.files[r.file].name for r in regions},
+        }
+        write_file(directory / INDEX_NAME, _pretty(index))
+
+
+def write_record(directory: Path, plan: Plan, facts: Mapping[str, Any], tensors: Mapping[str, str]) -> None:
+    """Write streammerge.json.
+
+    Args:
+        directory: where the other files already lie.
+        plan: of the run.
+        facts: what the caller knows: version, fingerprint, inputs, modules.
+        tensors: xxh3-128 of every output tensor, by its full name.
+    """
+    regions = [region for task in plan.tasks for region in (task.a, task.b)]
+    rendered = headers(plan.files, regions, plan.dtype)
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        **facts,
+        "recipe": plan.recipe,
+        "rule": plan.rule,
+        "space": plan.space,
+        "dtype": plan.dtype,
+        "files": [
+            {
+                "name": file.name,
+                "bytes": len(header) + file.data_bytes,
+                "header_bytes": len(header),
+                "header_xxh3": _digest(header),
+            }
+            for file, header in zip(plan.files, rendered, strict=True)
+        ],
+        "other_files": {
+            path.name: _digest(path.read_bytes())
+            for path in sorted(directory.iterdir())
+            if path.name in (CONFIG_NAME, INDEX_NAME)
+        },
+        "tensors": {
+            region.name: {
+                "file": region.file,
+                "offset": region.offset,
+                "shape": list(region.shape),
+                "xxh3": tensors[region.name],
+            }
+            for region in regions
+        },
+    }
+    record["xxh3"] = _self_digest(record)
+    write_file(directory / MARK_NAME, _pretty(record))
+
+
+def write_timings(directory: Path, seconds: Mapping[str, float], total: float) -> None:
+    """Write how long the run and each target took; this file differs from run to run."""
+    write_file(
+        directory / TIMINGS_NAME, _pretty({"total_seconds": total, "target_seconds": seconds})
+    )
+
+
+def check_record(directory: Path) -> tuple[dict[str, Any], list[str]]:
+    """Check an output against its own record: every byte of every file in it but the timings.
+
+    Returns:
+        The record, and a sentence for each thing that is wrong.
+
+    Raises:
+        MissingFileError: there is no record.
+        CorruptFileError: the record is not one.
+    """
+    record = read_record(directory)
+    problems = [] if record.get("xxh3") == _self_digest(record) else [f"{MARK_NAME} was changed"]
+    try:
+        problems += _check_files(directory, record)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise CorruptFileError(
+            "is not a record of a merge", path=str(directory / MARK_NAME)
+        ) from error
+    return record, problems
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """Read streammerge.json.
+
+    Raises:
+        MissingFileError: there is none.
+        CorruptFileError: it is not JSON.
+    """
+    path = directory / MARK_NAME
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise MissingFileError("no such file", path=str(path)) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CorruptFileError(f"is not JSON ({error})", path=str(path)) from error
+    if not isinstance(record, dict):
+        raise CorruptFileError("is not a JSON object", path=str(path))
+    return record
+
+
+def _check_files(directory: Path, record: dict[str, Any]) -> list[str]:
+    problems = []
+    for name, digest in record["other_files"].items():
+        if _file_digest(directory / Path(name).name) != digest:
+            problems.append(f"{name} was changed or is missing")
+    files = [OutputFile(f["name"], f["bytes"] - f["header_bytes"]) for f in record["files"]]
+    sound = []
+    for file, facts in zip(files, record["files"], strict=True):
+        path = directory / Path(file.name).name
+        wrong = _check_header(path, facts)
+        problems += [f"{file.name} {wrong}"] if wrong else []
+        sound.append(not wrong)
+    itemsize = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}[record["dtype"]]
+    for region in _regions(record["tensors"], itemsize):
+        if not sound[region.file]:
+            continue
+        path = directory / files[region.file].name
+        start = record["files"][region.file]["header_bytes"]
+        try:
+            digest = region_checksum(path, start, region)
+        except StorageError as error:
+            problems.append(str(error))
+            continue
+        if digest != record["tensors"][region.name]["xxh3"]:
+            problems.append(f"{files[region.file].name}: {region.name} was changed")
+    return problems
+
+
+def _check_header(path: Path, facts: dict[str, Any]) -> str:
+    """Return what is wrong with a weights file, its tensors aside; empty when nothing is."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as stream:
+            header = stream.read(facts["header_bytes"])
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if size != facts["bytes"]:
+        return f"has {size} bytes, not the {facts['bytes']} that were written"
+    return "" if _digest(header) == facts["header_xxh3"] else "has another header"
+
+
+def _regions(tensors: dict[str, Any], itemsize: int) -> Sequence[Region]:
+    regions = []
+    for name, facts in tensors.items():
+        shape = tuple(int(size) for size in facts["shape"])
+        region = Region(name, int(facts["file"]), int(facts["offset"]), shape, 0)
+        regions.append(Region(name, region.file, region.offset, shape, region.elements * itemsize))
+    return regions
+
+
+def _digest(data: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def _file_digest(path: Path) -> str | None:
+    digest = xxhash.xxh3_128()
+    try:
+        with open(path, "rb") as stream:
+            while data := stream.read(READ_BYTES):
+                digest.update(data)
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+def _self_digest(record: dict[str, Any]) -> str:
+    rest = {name: value for name, value in record.items() if name != "xxh3"}
+    return _digest(json.dumps(rest, sort_keys=True).encode())
+
+
+def _pretty(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()

@@ -1,0 +1,177 @@
+"""Output files: allocated whole, header first, regions written in any order.
+
+A file is a valid safetensors file from the start; a region is zeros until it is written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import xxhash
+
+from streammerge.errors import StorageError
+from streammerge.output.header import render_header
+from streammerge.plans import OutputFile, Region
+
+READ_BYTES = 8 * 1024**2
+
+
+def data_starts(
+    files: Sequence[OutputFile], regions: Sequence[Region], dtype: str
+) -> tuple[int, ...]:
+    """Return where each file's data begin, which is where its header ends."""
+    return tuple(len(header) for header in headers(files, regions, dtype))
+
+
+def headers(
+    files: Sequence[OutputFile], regions: Sequence[Region], dtype: str
+) -> list[bytes]:
+    """Return each file's header."""
+    grouped: list[list[Region]] = [[] for _ in files]
+    for region in regions:
+        grouped[region.file].append(region)
+    return [render_header(group, dtype) for group in grouped]
+
+
+def allocate(
+    directory: Path, files: Sequence[OutputFile], regions: Sequence[Region], dtype: str
+) -> tuple[int, ...]:
+    """Make all files at their full size with their headers; return where their data begin.
+
+    Raises:
+        StorageError: there is no room, or the file system refused.
+    """
+    rendered = headers(files, regions, dtype)
+    for file, header in zip(files, rendered, strict=True):
+        path = directory / file.name
+        try:
+            with open(path, "xb") as stream:
+                os.posix_fallocate(stream.fileno(), 0, len(header) + file.data_bytes)
+                stream.write(header)
+        except OSError as error:
+            raise StorageError(
+                f"{len(header) + file.data_bytes} bytes cannot be allocated ({error.strerror})",
+                path=str(path),
+            ) from error
+    return tuple(len(header) for header in rendered)
+
+
+class RegionWriter:
+    """Writes one region from its start to its end, with a checksum that rides along."""
+
+    def __init__(self, path: Path, data_start: int, region: Region) -> None:
+        self._path = path
+        self._region = region
+        self._next = data_start + region.offset
+        self._end = self._next + region.nbytes
+        self._hash = xxhash.xxh3_128()
+
+    def __enter__(self) -> RegionWriter:
+        try:
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StorageError(
+                f"cannot be opened ({error.strerror})", path=str(self._path)
+            ) from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._descriptor)
+        if kind is None and self._next != self._end:
+            raise AssertionError(f"{self._region.name}: {self._end - self._next} bytes are missing")
+
+    def append(self, data: memoryview) -> None:
+        """Write the region's next bytes.
+
+        Raises:
+            StorageError: the file system refused.
+        """
+        data = data.cast("B")
+        if self._next + len(data) > self._end:
+            raise AssertionError(f"{self._region.name}: more bytes than its region holds")
+        self._hash.update(data)
+        while data:
+            try:
+                written = os.pwrite(self._descriptor, data, self._next)
+            except OSError as error:
+                raise StorageError(
+                    f"{self._region.name} cannot be written ({error.strerror})",
+                    path=str(self._path),
+                ) from error
+            self._next += written
+            data = data[written:]
+
+    @property
+    def name(self) -> str:
+        """The tensor's full name."""
+        return self._region.name
+
+    @property
+    def checksum(self) -> str:
+        """xxh3-128 of what was written, in hexadecimal."""
+        return self._hash.hexdigest()
+
+
+def region_checksum(path: Path, data_start: int, region: Region) -> str:
+    """Read a region back and return its checksum.
+
+    Raises:
+        StorageError: it cannot be read, or the file ends inside it.
+    """
+    digest = xxhash.xxh3_128()
+    try:
+        with open(path, "rb", buffering=0) as stream:
+            stream.seek(data_start + region.offset)
+            left = region.nbytes
+            while left:
+                data = stream.read(min(left, READ_BYTES))
+                if not data:
+                    raise StorageError(f"ends inside {region.name}", path=str(path))
+                digest.update(data)
+                left -= len(data)
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(
+            f"{region.name} cannot be read back ({error.strerror})", path=str(path)
+        ) from error
+    return digest.hexdigest()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file and make it durable.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    try:
+        with open(path, "xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise StorageError(f"cannot be written ({error.strerror})", path=str(path)) from error
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's bytes durable.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise StorageError(f"cannot be made durable ({error.strerror})", path=str(path)) from error

@@ -1,0 +1,325 @@
+"""From manifests, a recipe and a budget to a plan, or a refusal."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from streammerge.adapter import DTYPE_BYTES, DTYPES, Adapter
+from streammerge.budget import Budget, format_size
+from streammerge.catalog import METHODS, RULES, SPACES, RuleSpec, SpaceSpec
+from streammerge.errors import BudgetError, ExtraTensorsError, IncompatibleError, RecipeError
+from streammerge.planner.align import Alignment, Group, align, check_shapes, gather
+from streammerge.planner.layout import Pair, lay_out
+from streammerge.planner.memory import (
+    Shape,
+    arithmetic,
+    largest_resident,
+    project,
+    tile_bytes,
+)
+from streammerge.planner.output_config import output_config
+from streammerge.planner.scaling import scalings
+from streammerge.plans import Plan, Region, Route, Sources, Task, row_tiles
+from streammerge.recipe import Recipe
+
+TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+ITEM_BYTES = {TORCH_DTYPES[name]: size for name, size in DTYPE_BYTES.items()}
+
+OVERSAMPLING = 8
+"""Columns of a Krylov block beyond the rank: the more, the fewer passes."""
+
+KRYLOV_PASSES = 10
+"""Passes planned at most."""
+
+DENSE_SIDE = 256
+"""A merged matrix with a side up to this is decomposed as a whole."""
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A task before the budget has had its say."""
+
+    group: Group
+    shape: Shape
+    route: Route
+    block: int
+    passes: int
+
+
+def make_plan(adapters: Sequence[Adapter], recipe: Recipe, budget: Budget) -> Plan:
+    """Plan a merge from the manifests alone.
+
+    Args:
+        adapters: their manifests, in the recipe's order, over one name table.
+        recipe: what was asked for.
+        budget: allowed memory, and how many tasks may be in flight.
+
+    Raises:
+        RefusedError: a subclass of it says why the merge cannot be done.
+    """
+    rule, space = resolve_method(recipe)
+    notices = [*_check_extras(adapters, recipe.extras), *_check_bases(adapters, recipe)]
+    scaling = [scalings(adapter, recipe.scaling) for adapter in adapters]
+    alignment = align(adapters, recipe.include, recipe.exclude)
+    check_shapes(adapters, alignment, equal_ranks=space.equal_ranks)
+    dtype = output_dtype(adapters, alignment, recipe.dtype)
+    shapes = _shapes(adapters, alignment, recipe, space, dtype)
+    drafts = [
+        _Draft(group, shape, *choose_route(rule, space, shape))
+        for group, shape in zip(alignment.groups, shapes, strict=True)
+    ]
+    pairs = [_pair(adapters, alignment, draft) for draft in drafts]
+    files, regions = lay_out(pairs, ITEM_BYTES[dtype], recipe.max_shard_bytes)
+    budget = fit(drafts, rule, budget)
+    tasks = tuple(
+        _task(draft, rule, budget, *places) for draft, places in zip(drafts, regions, strict=True)
+    )
+    config, settled = output_config(adapters, {pair.target: pair.rank for pair in pairs})
+    return Plan(
+        recipe=recipe.to_dict(),
+        rule=rule.name,
+        space=space.name,
+        dtype=dtype,
+        tasks=tasks,
+        sources=_sources(alignment, scaling),
+        files=files,
+        config=config,
+        allowed_bytes=budget.allowed_bytes,
+        allowed_origin=budget.origin,
+        reserved_bytes=budget.reserved_bytes,
+        concurrency=budget.threads,
+        notices=(*notices, *settled, *_partial_targets(adapters, alignment)),
+    )
+
+
+def resolve_method(recipe: Recipe) -> tuple[RuleSpec, SpaceSpec]:
+    """Return the rule and the space that a recipe means.
+
+    Raises:
+        RecipeError: an unknown method or space, a missing option, or one that does not fit.
+    """
+    method = METHODS.get(recipe.method)
+    if method is None:
+        close = difflib.get_close_matches(recipe.method, METHODS, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise RecipeError(
+            f"unknown method {recipe.method!r}{hint}; there are {', '.join(METHODS)}",
+            option="method",
+        )
+    space = SPACES.get(recipe.space or method.space)
+    if space is None:
+        raise RecipeError(
+            f"unknown space {recipe.space!r}; there are {', '.join(SPACES)}", option="space"
+        )
+    rule = RULES[method.rule]
+    if space.name == "exact" and rule.name != "linear":
+        raise RecipeError(
+            f"only a weighted sum has an exact pair; {rule.name} goes with factor or delta",
+            option="space",
+        )
+    _check_options(recipe, rule, space)
+    return rule, space
+
+
+def _check_options(recipe: Recipe, rule: RuleSpec, space: SpaceSpec) -> None:
+    what = f"{rule.name} in space {space.name}"
+    if rule.needs_density and recipe.density is None:
+        raise RecipeError(f"{what} needs a density in [0, 1]", option="density")
+    if not rule.needs_density and recipe.density is not None:
+        raise RecipeError(f"density does not go with {what}, which keeps all", option="density")
+    for option in ("rank", "clamp"):
+        if getattr(recipe, option) is not None and not space.truncates:
+            raise RecipeError(
+                f"{option} does not go with {what}, which truncates nothing", option=option
+            )
+
+
+def _check_extras(adapters: Sequence[Adapter], policy: str) -> list[str]:
+    notices = []
+    for adapter in adapters:
+        if not adapter.extras:
+            continue
+        shown = ", ".join(adapter.extras[:4]) + (", …" if len(adapter.extras) > 4 else "")
+        if policy == "error":
+            raise ExtraTensorsError(
+                f"holds {len(adapter.extras)} tensors that are not LoRA factors ({shown}), such "
+                "as a trained head or biases; choose --extras drop to leave them out of the output",
+                path=adapter.path,
+                names=adapter.extras,
+            )
+        notices.append(f"{adapter.path}: {len(adapter.extras)} extra tensors dropped ({shown})")
+    return notices
+
+
+def _check_bases(adapters: Sequence[Adapter], recipe: Recipe) -> list[str]:
+    """Compare what the configs say of the base; only strict_base makes a difference an error."""
+    notices = [
+        f"{a.path}: no adapter_config.json" for a in adapters if a.config is None
+    ]
+    configs = [(a.path, a.config) for a in adapters if a.config is not None]
+    bases = {config.base_model: path for path, config in reversed(configs)}
+    if len(bases) > 1:
+        named = ", ".join(f"{base!r} ({path})" for base, path in reversed(bases.items()))
+        message = f"the adapters name different base models: {named}"
+        if recipe.strict_base:
+            raise IncompatibleError(message, target=None, paths=tuple(bases.values()))
+        notices.append(message)
+    if len({config.fan_in_fan_out for _, config in configs}) > 1:
+        notices.append(
+            "the adapters disagree on fan_in_fan_out, which changes nothing in the files; the "
+            "output says true"
+        )
+    return notices
+
+
+def _partial_targets(adapters: Sequence[Adapter], alignment: Alignment) -> list[str]:
+    partial = [g.target for g in alignment.groups if g.last - g.first < len(adapters)]
+    if not partial:
+        return []
+    return [
+        f"{len(partial)} of {len(alignment.groups)} targets are not in all adapters (such as "
+        f"{partial[0]}); they are merged from those that have them"
+    ]
+
+
+def output_dtype(adapters: Sequence[Adapter], alignment: Alignment, asked: str) -> str:
+    """Return the output's dtype: as asked, or one that holds every input's values."""
+    if asked != "auto":
+        return asked
+    present: set[str] = set()
+    for position in np.unique(alignment.adapter):
+        columns = adapters[position].columns
+        codes = np.union1d(columns.a_dtype, columns.b_dtype)
+        present |= {DTYPES[code] for code in codes}
+    if present == {"F16"} or present == {"BF16"}:
+        return TORCH_DTYPES[present.pop()]
+    return "float64" if "F64" in present else "float32"
+
+
+def _shapes(
+    adapters: Sequence[Adapter],
+    alignment: Alignment,
+    recipe: Recipe,
+    space: SpaceSpec,
+    dtype: str,
+) -> Iterator[Shape]:
+    """Yield the shape of every group's task."""
+    m, n, rank = (gather(adapters, alignment, column) for column in ("m", "n", "rank"))
+    itemsize = np.array([DTYPE_BYTES[name] for name in DTYPES])
+    a_item, b_item = (
+        itemsize[gather(adapters, alignment, column)] for column in ("a_dtype", "b_dtype")
+    )
+    stored = rank * (n * a_item + m * b_item)
+    asked = recipe.rank or int(rank.max())
+    for group in alignment.groups:
+        rows = slice(group.first, group.last)
+        ranks = tuple(rank[rows].tolist())
+        height, width = int(m[group.first]), int(n[group.first])
+        yield Shape(
+            m=height,
+            n=width,
+            rank=_output_rank(space, ranks, min(asked, height, width)),
+            ranks=ranks,
+            source_bytes=int(stored[rows].sum()),
+            item=ITEM_BYTES[recipe.compute_dtype],
+            out_item=ITEM_BYTES[dtype],
+        )
+
+
+def _output_rank(space: SpaceSpec, ranks: tuple[int, ...], asked: int) -> int:
+    if space.truncates:
+        return asked
+    return ranks[0] if space.equal_ranks else sum(ranks)
+
+
+def choose_route(rule: RuleSpec, space: SpaceSpec, shape: Shape) -> tuple[Route, int, int]:
+    """Return the route, and on the Krylov route the block's columns and the planned passes.
+
+    Shape, rule and space alone decide, for the route decides the rounding.
+    """
+    if space.name == "exact":
+        return "concatenate", 0, 0
+    if space.name == "factor":
+        return "fold", 0, 0
+    if rule.name == "linear":
+        return "core", 0, 0
+    small = min(shape.m, shape.n)
+    block = shape.rank + OVERSAMPLING
+    if small <= max(DENSE_SIDE, 4 * block):
+        return "dense", 0, 0
+    return "krylov", block, min(KRYLOV_PASSES, small // block)
+
+
+def fit(drafts: Sequence[_Draft], rule: RuleSpec, budget: Budget) -> Budget:
+    """Return the budget with as many tasks in flight as all tasks allow.
+
+    Raises:
+        BudgetError: not even one task at a time fits.
+    """
+    needs = [_least(draft, rule) for draft in drafts]
+    worst = max(range(len(drafts)), key=needs.__getitem__)
+    for threads in range(min(budget.threads, len(drafts)), 0, -1):
+        fitted = Budget(budget.allowed_bytes, budget.origin, threads)
+        if needs[worst] <= fitted.task_bytes:
+            return fitted
+    smallest = needs[worst] + fitted.reserved_bytes
+    raise BudgetError(
+        f"{drafts[worst].group.target}: this merge needs {format_size(smallest)} "
+        f"({smallest} bytes) at least, {format_size(fitted.reserved_bytes)} of them for the "
+        f"process itself; allowed are {format_size(budget.allowed_bytes)} ({budget.origin})",
+        target=drafts[worst].group.target,
+        projected_bytes=needs[worst],
+        allowed_bytes=budget.allowed_bytes,
+        smallest_bytes=smallest,
+    )
+
+
+def _least(draft: _Draft, rule: RuleSpec) -> int:
+    return project(draft.route, rule, draft.shape, block=draft.block, passes=draft.passes)
+
+
+def _task(draft: _Draft, rule: RuleSpec, budget: Budget, a: Region, b: Region) -> Task:
+    shape, route = draft.shape, draft.route
+    resident = 0
+    if route in ("dense", "krylov"):
+        room = budget.task_bytes - _least(draft, rule)
+        resident = largest_resident(len(row_tiles(shape.m, shape.n)), room, tile_bytes(shape))
+    return Task(
+        target=draft.group.target,
+        m=shape.m,
+        n=shape.n,
+        rank=shape.rank,
+        first=draft.group.first,
+        last=draft.group.last,
+        route=route,
+        resident=resident,
+        block=draft.block,
+        passes=draft.passes,
+        read_bytes=shape.source_bytes,
+        write_bytes=a.nbytes + b.nbytes,
+        projected_bytes=project(
+            route, rule, shape, resident=resident, block=draft.block, passes=draft.passes
+        ),
+        flops=arithmetic(route, rule, shape, draft.block, draft.passes),
+        a=a,
+        b=b,
+    )
+
+
+def _pair(adapters: Sequence[Adapter], alignment: Alignment, draft: _Draft) -> Pair:
+    first = draft.group.first
+    adapter, row = adapters[alignment.adapter[first]], int(alignment.row[first])
+    inner = tuple(int(size) for size in adapter.columns.inner[row] if size)
+    kind = int(adapter.columns.kind[row])
+    return Pair(draft.group.target, kind, draft.shape.rank, draft.shape.m, inner)
+
+
+def _sources(alignment: Alignment, scaling: Sequence[npt.NDArray[np.float64]]) -> Sources:
+    starts = np.cumsum([0] + [len(s) for s in scaling[:-1]])
+    values = np.concatenate(scaling)[starts[alignment.adapter] + alignment.row]
+    return Sources(alignment.adapter, alignment.row, values)

@@ -1,0 +1,88 @@
+"""The output's adapter_config.json: a plain LoRA of scaling 1 that PEFT loads without a warning."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from streammerge.adapter import Adapter
+
+_TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""PEFT adds a trained head to these of its own accord and fails if the file has none."""
+
+
+def output_config(
+    adapters: Sequence[Adapter], ranks: Mapping[str, int]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the config for targets of these output ranks, and notices about what it settles."""
+    configs = [a.config for a in adapters if a.config is not None]
+    first = configs[0] if configs else None
+    task_type, notices = _task_type([c.task_type for c in configs])
+    rank = _usual(ranks)
+    pattern = rank_pattern(ranks, rank)
+    config: dict[str, Any] = {
+        "alpha_pattern": pattern,
+        "auto_mapping": _agreed([c.raw.get("auto_mapping") for c in configs]),
+        "base_model_name_or_path": first.base_model if first else None,
+        "bias": "none",
+        "fan_in_fan_out": any(c.fan_in_fan_out for c in configs),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": rank,
+        "lora_bias": False,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": pattern,
+        "revision": _agreed([c.raw.get("revision") for c in configs]),
+        "target_modules": sorted(ranks),
+        "task_type": task_type,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    return config, notices
+
+
+def rank_pattern(ranks: Mapping[str, int], rank: int) -> dict[str, int]:
+    """Return PEFT's rank_pattern for targets that differ from `rank`.
+
+    PEFT takes the first entry that matches a path or an ending of it behind a dot. So longer
+    paths stand first, and a target whose ending is another's entry has an entry of its own.
+    """
+    listed = {target for target, r in ranks.items() if r != rank}
+    listed |= {target for target in ranks if _ends_in(target, listed)}
+    ordered = sorted(listed, key=lambda target: (-len(target), target))
+    return {_literal(target): ranks[target] for target in ordered}
+
+
+def _ends_in(target: str, listed: set[str]) -> bool:
+    parts = target.split(".")
+    return any(".".join(parts[i:]) in listed for i in range(1, len(parts)))
+
+
+def _literal(target: str) -> str:
+    """Return a regular expression for `target`; plain paths stay readable, as PEFT writes them."""
+    return target if re.fullmatch(r"[\w.-]+", target) else re.escape(target)
+
+
+def _usual(ranks: Mapping[str, int]) -> int:
+    """Return the rank that most targets have, the larger one of equals."""
+    counts = Counter(ranks.values())
+    return max(counts, key=lambda rank: (counts[rank], rank))
+
+
+def _agreed(values: Sequence[Any]) -> Any:
+    return values[0] if values and all(value == values[0] for value in values) else None
+
+
+def _task_type(types: Sequence[str | None]) -> tuple[str | None, list[str]]:
+    task_type = next((name for name in types if name), None)
+    if task_type in _TASKS_WITH_HEADS:
+        return None, [
+            f"task_type {task_type} is left out of the output's config: PEFT would look for a "
+            "trained head, and the output holds none"
+        ]
+    return task_type, []

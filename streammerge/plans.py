@@ -1,0 +1,183 @@
+"""The plan: frozen data that says what a merge reads, holds, writes, and in which pieces.
+
+A plan is made from headers alone, can be printed and stored as JSON, and is run by an executor.
+Its tasks hold ranges into the plan's source columns, which point into the manifests.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Route = Literal["concatenate", "fold", "core", "dense", "krylov"]
+"""How a task computes its pair:
+concatenate: the factors side by side, scaled; fold: the rule on A's and on B's, tile by tile;
+core: QR of the stacked factors and the SVD of the small core between them; dense: the merged
+matrix as a whole and its SVD; krylov: block Krylov on the tiles of the merged matrix."""
+
+TILE_ELEMENTS = 2**18
+"""Elements of a tile, about: 1 MiB of float32, which stays in a core's cache."""
+
+MIN_TILE_ROWS = 8
+"""A tile of one row would go to another BLAS routine, with another rounding."""
+
+
+def split(length: int, size: int) -> list[tuple[int, int]]:
+    """Cut `length` into near-equal pieces of at least `size` (one piece if it is shorter)."""
+    count = max(1, length // size)
+    edges = [length * i // count for i in range(count + 1)]
+    return list(zip(edges, edges[1:], strict=False))
+
+
+def row_tiles(m: int, n: int) -> list[tuple[int, int]]:
+    """Return the row ranges of an m × n target's tiles. Shape alone decides, never the budget."""
+    return split(m, max(MIN_TILE_ROWS, TILE_ELEMENTS // n))
+
+
+def flat_tiles(elements: int) -> list[tuple[int, int]]:
+    """Return the ranges of a factor's tiles, over its elements in file order."""
+    return split(elements, TILE_ELEMENTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Where one output tensor lies: `offset` counts from the start of the file's data."""
+
+    name: str
+    file: int
+    offset: int
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One target: it reads its sources, computes a pair and writes two regions."""
+
+    target: str
+    m: int
+    n: int
+    rank: int
+    """Of the output."""
+    first: int
+    last: int
+    """Its sources are rows first to last - 1 of the plan's source columns."""
+    route: Route
+    resident: int
+    """How many tiles of the merged matrix are held at once (the chunk); the rest is computed
+    again when it is needed. Changes time and memory, never a byte of the result."""
+    block: int
+    """Columns of a Krylov block; 0 on other routes."""
+    passes: int
+    """Krylov passes planned; later ones are skipped when the certificate holds."""
+    read_bytes: int
+    write_bytes: int
+    projected_bytes: int
+    flops: int
+    a: Region
+    b: Region
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """One file of the output's weights."""
+
+    name: str
+    data_bytes: int
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Which rows of which manifests take part, task by task; columns of equal length."""
+
+    adapter: npt.NDArray[np.int32]
+    row: npt.NDArray[np.int32]
+    scaling: npt.NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.adapter)
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """Everything about a run that is known before it starts."""
+
+    recipe: dict[str, Any]
+    """As `Recipe.to_dict` gives it."""
+    rule: str
+    space: str
+    dtype: str
+    """Of the output, as torch spells it."""
+    tasks: tuple[Task, ...]
+    sources: Sources
+    files: tuple[OutputFile, ...]
+    config: dict[str, Any]
+    """The output's adapter_config.json."""
+    allowed_bytes: int
+    allowed_origin: str
+    reserved_bytes: int
+    concurrency: int
+    """Tasks in flight at once."""
+    notices: tuple[str, ...] = ()
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of input tensors that the run needs."""
+        return sum(task.read_bytes for task in self.tasks)
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes of tensors in the output."""
+        return sum(file.data_bytes for file in self.files)
+
+    @property
+    def projected_bytes(self) -> int:
+        """What the process holds at most: reserved, and the largest tasks in flight together."""
+        largest = sorted((task.projected_bytes for task in self.tasks), reverse=True)
+        return self.reserved_bytes + sum(largest[: self.concurrency])
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({self.recipe['method']}: {len(self.recipe['adapters'])} adapters, "
+            f"{len(self.tasks)} targets, reads {self.read_bytes:,} bytes, writes "
+            f"{self.write_bytes:,}, holds at most {self.projected_bytes:,} of "
+            f"{self.allowed_bytes:,})"
+        )
+
+    def to_json(self) -> str:
+        """Return the plan as JSON; `Plan.from_json` takes it back."""
+        fields = asdict(self)
+        fields["sources"] = {name: c.tolist() for name, c in vars(self.sources).items()}
+        return json.dumps(fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Return the plan that `to_json` gave."""
+        fields = json.loads(text)
+        sources = fields["sources"]
+        fields["sources"] = Sources(
+            adapter=np.array(sources["adapter"], np.int32),
+            row=np.array(sources["row"], np.int32),
+            scaling=np.array(sources["scaling"], np.float64),
+        )
+        fields["tasks"] = tuple(_task(task) for task in fields["tasks"])
+        fields["files"] = tuple(OutputFile(**file) for file in fields["files"])
+        fields["notices"] = tuple(fields["notices"])
+        return cls(**fields)
+
+
+def _task(fields: dict[str, Any]) -> Task:
+    regions = {
+        side: Region(**{**fields[side], "shape": tuple(fields[side]["shape"])}) for side in "ab"
+    }
+    return Task(**{**fields, **regions})

@@ -1,0 +1,198 @@
+"""Safetensors headers, taken for hostile until they are checked.
+
+Format: 8 bytes of little-endian length, that many bytes of JSON, then the data. Each tensor names
+its dtype, shape and [start, stop) in the data; together they cover it without holes.
+https://github.com/huggingface/safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streammerge.adapter import TensorFile
+from streammerge.errors import CorruptFileError, MissingFileError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors library itself."""
+
+MAX_DIMENSIONS = 16
+
+_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
+
+_LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file; `offset` counts from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header."""
+
+    file: TensorFile
+    metadata: dict[str, str]
+    entries: tuple[Entry, ...]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        MissingFileError: there is no such file.
+        CorruptFileError: not a safetensors file, truncated, or at odds with itself.
+    """
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            length = _header_length(path, file.read(8), status.st_size)
+            text = file.read(length)
+    except FileNotFoundError as error:
+        raise MissingFileError("no such file", path=str(path)) from error
+    except OSError as error:
+        raise CorruptFileError(f"cannot be read ({error.strerror})", path=str(path)) from error
+    described = TensorFile(str(path), status.st_size, status.st_mtime_ns, status.st_ino)
+    fields = _parse(path, text)
+    metadata = _metadata(path, fields.pop("__metadata__", None))
+    start = 8 + length
+    entries = tuple(_entries(path, fields, start))
+    _check_coverage(path, entries, start, status.st_size)
+    return Header(described, metadata, entries)
+
+
+def _header_length(path: Path, head: bytes, size: int) -> int:
+    if _LFS_MAGIC.startswith(head) and head:
+        raise CorruptFileError(
+            "is a git-lfs pointer, not the weights; run `git lfs pull` where it was cloned",
+            path=str(path),
+        )
+    if size < 8:
+        raise CorruptFileError(
+            f"is {size} bytes long, too short for a safetensors file", path=str(path)
+        )
+    length = int.from_bytes(head, "little")
+    if length > MAX_HEADER_BYTES:
+        raise CorruptFileError(
+            "does not begin with a safetensors header (its length field says "
+            f"{length} bytes, the format allows {MAX_HEADER_BYTES})",
+            path=str(path),
+        )
+    if 8 + length > size:
+        raise CorruptFileError(
+            f"is truncated inside its header: {size} bytes, the header alone ends at {8 + length}",
+            path=str(path),
+        )
+    return length
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"its header is not JSON ({error})", path=str(path)) from error
+    if not isinstance(fields, dict):
+        raise CorruptFileError("its header is not a JSON object", path=str(path))
+    return fields
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object, refusing keys that stand twice: readers differ on which one counts."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice")
+    return fields
+
+
+def _metadata(path: Path, metadata: Any) -> dict[str, str]:
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CorruptFileError("its header's __metadata__ is not a map of strings", path=str(path))
+    return metadata
+
+
+def _entries(path: Path, fields: dict[str, Any], start: int) -> Iterator[Entry]:
+    for name, facts in fields.items():
+        try:
+            dtype, shape, (low, high) = facts["dtype"], facts["shape"], facts["data_offsets"]
+            numbers = (*shape, low, high)
+            sound = all(type(number) is int and number >= 0 for number in numbers)
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        if not sound or len(shape) > MAX_DIMENSIONS:
+            raise CorruptFileError(
+                "its header entry lacks a sound dtype, shape or data_offsets",
+                path=str(path),
+                tensor=name,
+            )
+        if dtype not in _BITS:
+            raise CorruptFileError(f"unknown dtype {dtype!r}", path=str(path), tensor=name)
+        bits = _BITS[dtype]
+        for size in shape:
+            bits *= size
+        if bits != (high - low) * 8:
+            raise CorruptFileError(
+                f"dtype {dtype} and shape {shape} take {bits / 8:g} bytes, "
+                f"its data_offsets span {high - low}",
+                path=str(path),
+                tensor=name,
+            )
+        yield Entry(name, dtype, tuple(shape), start + low, high - low)
+
+
+def _check_coverage(path: Path, entries: tuple[Entry, ...], start: int, size: int) -> None:
+    """Check that the tensors cover the data one after another, and that the file has it all."""
+    end = start
+    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
+        if entry.offset != end:
+            raise CorruptFileError(
+                f"its data begins at byte {entry.offset}, but the tensor before it ends at {end}",
+                path=str(path),
+                tensor=entry.name,
+            )
+        end += entry.nbytes
+    if end > size:
+        raise CorruptFileError(
+            f"is truncated: {size} bytes, its header promises {end}; download it again",
+            path=str(path),
+        )
+    if end < size:
+        raise CorruptFileError(
+            f"holds {size - end} bytes that no tensor claims; its header promises {end} bytes",
+            path=str(path),
+        )

@@ -1,0 +1,280 @@
+"""PEFT adapter directories: adapter_config.json beside adapter_model.safetensors.
+
+The weights are one file, or shards named by adapter_model.safetensors.index.json (which
+streammerge writes and PEFT does not read). Keys are `base_model.model.<module path>.lora_A.weight`
+and the like; nested prefixes, which a wrapper around a wrapper leaves behind, count as one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from streammerge.adapter import (
+    CONV,
+    DTYPES,
+    EMBEDDING,
+    LINEAR,
+    PREFIX,
+    Adapter,
+    AdapterConfig,
+    Columns,
+    NameTable,
+)
+from streammerge.errors import (
+    CorruptFileError,
+    MissingFileError,
+    UnsupportedAdapterError,
+)
+from streammerge.readers.config import CONFIG_NAME, read_config
+from streammerge.readers.header import Entry, Header, read_header
+from streammerge.readers.patterns import pattern_lookup
+from streammerge.readers.recognise import recognise
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+INDEX_NAME = "adapter_model.safetensors.index.json"
+PICKLE_NAME = "adapter_model.bin"
+
+_KEY = re.compile(rf"((?:{re.escape(PREFIX)})+)(.+?)\.(lora_[AB]\.weight|lora_embedding_[AB])")
+
+Place = tuple[Header, int, Entry]
+"""A tensor, the header that it stands in, and that file's number."""
+
+
+def read_adapter(path: str, table: NameTable) -> Adapter:
+    """Read the manifest of a PEFT LoRA adapter; of the weights only headers are read.
+
+    Args:
+        path: the adapter's directory.
+        table: where its targets' names are entered.
+
+    Raises:
+        MissingFileError, CorruptFileError, UnsupportedAdapterError: it cannot be used.
+    """
+    directory = Path(path)
+    _check_directory(directory)
+    config = read_config(directory)
+    headers = [read_header(file) for file in _weight_files(directory)]
+    places = [(header, n, entry) for n, header in enumerate(headers) for entry in header.entries]
+    pairs, extras = _pair_up(directory, places)
+    if not pairs:
+        _refuse_without_factors(directory, [entry.name for _, _, entry in places])
+    prefixes = tuple(sorted({prefix for _, prefix in pairs}))
+    rows = _rows(pairs, prefixes, config, table)
+    return Adapter(
+        path=path,
+        config=config,
+        files=tuple(header.file for header in headers),
+        table=table,
+        columns=Columns.of_rows(rows),
+        prefixes=prefixes,
+        extras=tuple(sorted(extras)),
+    )
+
+
+def _check_directory(directory: Path) -> None:
+    if directory.is_dir():
+        return
+    if directory.exists():
+        raise MissingFileError(
+            "is a file; give the adapter's directory, with adapter_config.json in it",
+            path=str(directory),
+        )
+    raise MissingFileError("no such directory", path=str(directory))
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if (directory / WEIGHTS_NAME).exists():
+        return [directory / WEIGHTS_NAME]
+    if (directory / INDEX_NAME).exists():
+        return _shards(directory)
+    if (directory / PICKLE_NAME).exists():
+        raise UnsupportedAdapterError(
+            f"only {PICKLE_NAME} is here; pickled weights are not read yet. Load and save the "
+            "adapter with PEFT to get safetensors",
+            path=str(directory),
+            variant="pickle",
+        )
+    nested = sorted(child.parent.name for child in directory.glob(f"*/{CONFIG_NAME}"))
+    hint = f"; did you mean {', '.join(str(directory / name) for name in nested)}?" if nested else ""
+    raise MissingFileError(f"there is no {WEIGHTS_NAME} in it{hint}", path=str(directory))
+
+
+def _shards(directory: Path) -> list[Path]:
+    index = directory / INDEX_NAME
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        names = sorted(set(weight_map.values()))
+        plain = all(isinstance(name, str) and Path(name).name == name for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptFileError("is not a safetensors index", path=str(index)) from error
+    if not plain or not names:
+        raise CorruptFileError(
+            "its weight_map must name files in the same directory, and nothing else",
+            path=str(index),
+        )
+    return [directory / name for name in names]
+
+
+def _pair_up(
+    directory: Path, places: list[Place]
+) -> tuple[dict[tuple[str, str], dict[str, Place]], list[str]]:
+    """Sort tensors into {(target, prefix): {"A": …, "B": …}}, and the rest."""
+    pairs: dict[tuple[str, str], dict[str, Place]] = {}
+    extras: list[str] = []
+    seen: dict[str, str] = {}
+    for place in places:
+        name = place[2].name
+        _refuse_variant_tensor(place)
+        match = _KEY.fullmatch(name)
+        if match is None:
+            extras.append(name)
+            continue
+        prefix, target, factor = match[1], match[2], match[3]
+        if seen.setdefault(target, prefix) != prefix:
+            raise CorruptFileError(
+                f"{target} stands under two prefixes, {seen[target]!r} and {prefix!r}",
+                path=place[0].file.path,
+                tensor=name,
+            )
+        pair = pairs.setdefault((target, prefix), {})
+        side = "A" if factor in ("lora_A.weight", "lora_embedding_A") else "B"
+        if side in pair:
+            raise CorruptFileError(
+                f"{target} has two {side} factors", path=place[0].file.path, tensor=name
+            )
+        pair[side] = place
+    for pair in pairs.values():
+        _check_pair(pair)
+    return pairs, extras
+
+
+def _refuse_variant_tensor(place: Place) -> None:
+    header, _, entry = place
+    if "lora_magnitude_vector" in entry.name or entry.name.endswith(".dora_scale"):
+        raise UnsupportedAdapterError(
+            "is a DoRA magnitude; DoRA adapters are not merged, for a sum of them is no LoRA",
+            path=header.file.path,
+            tensor=entry.name,
+            variant="DoRA",
+        )
+    if ".base_layer.lora_" in entry.name:
+        raise UnsupportedAdapterError(
+            "is a factor inside another LoRA layer, as target_parameters makes them; such "
+            "adapters are not merged",
+            path=header.file.path,
+            tensor=entry.name,
+            variant="LoRA on parameters (target_parameters)",
+        )
+
+
+def _check_pair(pair: dict[str, Place]) -> None:
+    """Check that a target has both factors, and that their shapes make one delta."""
+    if len(pair) == 1:
+        ((side, (header, _, entry)),) = pair.items()
+        raise CorruptFileError(
+            f"has no {'B' if side == 'A' else 'A'} factor beside it",
+            path=header.file.path,
+            tensor=entry.name,
+        )
+    (header, _, a), (_, _, b) = pair["A"], pair["B"]
+    for entry in (a, b):
+        if entry.dtype not in DTYPES:
+            raise UnsupportedAdapterError(
+                f"its dtype is {entry.dtype}; factors must be one of {', '.join(DTYPES)}",
+                path=header.file.path,
+                tensor=entry.name,
+                variant=entry.dtype,
+            )
+    embedding = "lora_embedding_" in a.name
+    if embedding != ("lora_embedding_" in b.name):
+        raise CorruptFileError(
+            f"is paired with {b.name}", path=header.file.path, tensor=a.name
+        )
+    _check_shapes(header, a, b)
+
+
+def _check_shapes(header: Header, a: Entry, b: Entry) -> None:
+    dimensions = (2,) if "lora_embedding_" in a.name else (2, 3, 4, 5)
+    if len(a.shape) not in dimensions or len(b.shape) != len(a.shape) or 0 in a.shape + b.shape:
+        raise CorruptFileError(
+            f"shapes {list(a.shape)} of A and {list(b.shape)} of B make no delta",
+            path=header.file.path,
+            tensor=a.name,
+        )
+    if any(size != 1 for size in b.shape[2:]):
+        raise CorruptFileError(
+            f"shape {list(b.shape)}: the B of a convolution must be 1×1",
+            path=header.file.path,
+            tensor=b.name,
+        )
+    rank = a.shape[0]
+    if b.shape[1] == rank:
+        return
+    if len(a.shape) > 2 and rank % b.shape[1] == 0:
+        raise UnsupportedAdapterError(
+            f"has {b.shape[1]} columns for a rank of {rank}: a grouped convolution "
+            f"({rank // b.shape[1]} groups); these are not merged",
+            path=header.file.path,
+            tensor=b.name,
+            variant="grouped convolution",
+        )
+    raise CorruptFileError(
+        f"shape {list(b.shape)}: B must have as many columns as A has rows ({rank}, in {a.name})",
+        path=header.file.path,
+        tensor=b.name,
+    )
+
+
+def _rows(
+    pairs: dict[tuple[str, str], dict[str, Place]],
+    prefixes: tuple[str, ...],
+    config: AdapterConfig | None,
+    table: NameTable,
+) -> Iterator[tuple[Any, ...]]:
+    """Yield one row of the manifest for each target, in the order of their names."""
+    if config is None:
+        declared, alpha = (lambda _: 0), (lambda _: float("nan"))
+    else:
+        declared = pattern_lookup(config.rank_pattern, config.rank)
+        alpha = pattern_lookup(config.alpha_pattern, config.alpha)
+    numbers = {prefix: number for number, prefix in enumerate(prefixes)}
+    for target, prefix in sorted(pairs):
+        (_, a_file, a), (_, b_file, b) = (pairs[target, prefix][side] for side in "AB")
+        rank, *inner = a.shape
+        n = 1
+        for size in inner:
+            n *= size
+        kind = CONV if len(inner) > 1 else EMBEDDING if "lora_embedding_" in a.name else LINEAR
+        yield (
+            table.add(target),
+            kind,
+            rank,
+            b.shape[0],
+            n,
+            (*inner, 0, 0, 0)[:4],
+            declared(target),
+            alpha(target),
+            numbers[prefix],
+            a_file,
+            a.offset,
+            DTYPES.index(a.dtype),
+            b_file,
+            b.offset,
+            DTYPES.index(b.dtype),
+        )
+
+
+def _refuse_without_factors(directory: Path, names: list[str]) -> None:
+    known = recognise(names)
+    if known:
+        raise UnsupportedAdapterError(
+            f"its tensors are in the layout of {known}, which is not read yet",
+            path=str(directory),
+            tensor=names[0],
+            variant=known,
+        )
+    raise CorruptFileError("holds no LoRA tensors", path=str(directory))

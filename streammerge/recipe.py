@@ -1,0 +1,166 @@
+"""What the user asked for; the command line, recipe files and the Python call all make one."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from streammerge.errors import RecipeError
+
+OUTPUT_DTYPES = ("auto", "float64", "float32", "float16", "bfloat16")
+COMPUTE_DTYPES = ("float32", "float64")
+MAJORITY_SIGNS = ("total", "frequency")
+EXTRAS = ("error", "drop")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the output's bytes, and nothing else.
+
+    Raises:
+        RecipeError: a field is out of its range, on construction.
+    """
+
+    adapters: tuple[str, ...]
+    """Directories, in order: an adapter's position decides its weight and its DARE masks."""
+    method: str
+    weights: tuple[float, ...]
+    """One for each adapter; they are not normalised."""
+    space: str | None = None
+    """Overrides the method's space."""
+    density: float | None = None
+    """Share of elements kept, in [0, 1]."""
+    rank: int | None = None
+    """The output's rank; None is the largest of the inputs."""
+    majority_sign: str = "total"
+    clamp: float | None = None
+    """Quantile in (0, 1] at which truncated factors are clamped, as PEFT's `svd_clamp`."""
+    seed: int = 0
+    dtype: str = "auto"
+    """Of the output; "auto" is the widest of the inputs."""
+    compute_dtype: str = "float32"
+    extras: str = "error"
+    """What to do about tensors that are not LoRA factors."""
+    scaling: str | float | None = None
+    """For targets whose scaling the config cannot explain: "config" (alpha over the config's
+    rank), "tensor" (alpha over the tensor's rank), or the scaling itself."""
+    include: str | None = None
+    """Merge only targets in whose name this regular expression is found."""
+    exclude: str | None = None
+    """Leave out targets in whose name this regular expression is found."""
+    strict_base: bool = False
+    """Refuse adapters that name different base models."""
+    max_shard_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.adapters:
+            raise RecipeError("no adapters were given", option="adapters")
+        _check_weights(self.weights, len(self.adapters))
+        _check_density(self.density)
+        if self.rank is not None and (not _is_integer(self.rank) or self.rank <= 0):
+            raise RecipeError(f"rank must be a positive integer, not {self.rank!r}", option="rank")
+        if self.clamp is not None and not 0 < self.clamp <= 1:
+            raise RecipeError(f"clamp must be in (0, 1], not {self.clamp!r}", option="clamp")
+        if not _is_integer(self.seed) or not 0 <= self.seed < 2**64:
+            raise RecipeError(f"seed must be in [0, 2**64), not {self.seed!r}", option="seed")
+        _check_choice("majority_sign", self.majority_sign, MAJORITY_SIGNS)
+        _check_choice("dtype", self.dtype, OUTPUT_DTYPES)
+        _check_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        _check_choice("extras", self.extras, EXTRAS)
+        _check_scaling(self.scaling)
+        for option in ("include", "exclude"):
+            _check_pattern(option, getattr(self, option))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as JSON can hold it; `Recipe.from_dict` takes it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Recipe:
+        """Return the recipe that `to_dict` gave."""
+        listed = {name: tuple(fields[name]) for name in ("adapters", "weights")}
+        return cls(**{**fields, **listed})
+
+
+def make_weights(
+    weights: Sequence[float] | float | None, count: int, *, option: str = "weights"
+) -> tuple[float, ...]:
+    """Return a weight for each of `count` adapters: 1.0 each when None.
+
+    Raises:
+        RecipeError: an entry is not a number.
+    """
+    if weights is None:
+        return (1.0,) * count
+    entries = weights if isinstance(weights, Sequence) else (weights,)
+    try:
+        return tuple(float(w) for w in entries)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{option}: not numbers: {weights!r}", option=option) from error
+
+
+def make_paths(adapters: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
+    """Return the adapters' paths as strings.
+
+    Raises:
+        RecipeError: a single path was given where a sequence is meant.
+    """
+    if isinstance(adapters, (str, os.PathLike)):
+        raise RecipeError("adapters must be a list of paths, not one path", option="adapters")
+    return tuple(os.fspath(path) for path in adapters)
+
+
+def _check_weights(weights: tuple[float, ...], count: int) -> None:
+    if len(weights) != count:
+        raise RecipeError(
+            f"{count} adapters but {len(weights)} weights; give one weight for each adapter",
+            option="weights",
+        )
+    for position, weight in enumerate(weights):
+        if not math.isfinite(weight):
+            raise RecipeError(
+                f"weight {position + 1} is {weight}; weights must be finite", option="weights"
+            )
+
+
+def _check_density(density: float | None) -> None:
+    if density is None:
+        return
+    if not isinstance(density, (int, float)) or not 0 <= density <= 1:
+        raise RecipeError(f"density must be in [0, 1], not {density!r}", option="density")
+
+
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise RecipeError(
+            f"{option} must be one of {', '.join(choices)}, not {value!r}", option=option
+        )
+
+
+def _check_scaling(scaling: str | float | None) -> None:
+    if scaling is None or scaling in ("config", "tensor"):
+        return
+    if isinstance(scaling, str) or not math.isfinite(scaling):
+        raise RecipeError(
+            f"scaling must be 'config', 'tensor' or a finite number, not {scaling!r}",
+            option="scaling",
+        )
+
+
+def _check_pattern(option: str, pattern: str | None) -> None:
+    if pattern is None:
+        return
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise RecipeError(
+            f"{option}: not a regular expression: {pattern!r} ({error})", option=option
+        ) from error
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

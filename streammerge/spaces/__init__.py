@@ -1,0 +1,1 @@
+"""Spaces: what a rule is applied to. One file and one pure function each."""
