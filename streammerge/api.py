@@ -6,53 +6,26 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import xxhash
 
 from streammerge import events
 from streammerge.adapter import Adapter, NameTable
 from streammerge.budget import allow, parse_size
-from streammerge.errors import MergeFailedError, RecipeError, VerificationError
-from streammerge.output import record
-from streammerge.output.staging import Staging, check_output
-from streammerge.output.writer import allocate, region_checksum, sync_file
+from streammerge.errors import RecipeError, VerificationError
+from streammerge.output.record import check_record, write_timings
+from streammerge.output.staging import MARK_NAME, Staging, check_output
 from streammerge.planner import make_plan
 from streammerge.planner.scaling import scalings
-from streammerge.plans import Plan, Task
+from streammerge.plans import Plan
 from streammerge.readers import read_adapter
 from streammerge.recipe import Recipe, make_paths, make_weights
 
 if TYPE_CHECKING:
-    from streammerge.worker import Job, Receipt
+    from streammerge.finish import ModuleReport
 
 StrPath = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class ModuleReport:
-    """What became of one target."""
-
-    target: str
-    m: int
-    n: int
-    rank: int
-    """Of the output."""
-    adapters: int
-    """How many have this target."""
-    route: str
-    kept_energy: float | None
-    """Share of the merged matrix's energy that the truncated pair keeps; None where nothing is
-    truncated, or where a rule on factors has no merged matrix."""
-    relative_error: float | None
-    """‖M - B·A‖/‖M‖ of the pair as written."""
-    excess: float | None
-    """How far that is above the best possible of the rank, relatively; an estimate."""
-    converged: bool
-    """False where the planned passes did not reach the tolerance."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -209,6 +182,9 @@ def merge(
         RefusedError: before any work, a subclass of it says why; nothing was written.
         MergeFailedError: during the work; nothing lies at the output's name.
     """
+    # torch is loaded here, when there is work for it, and not for a plan or an inspection.
+    from streammerge.run import run_plan  # noqa: PLC0415
+
     began = time.perf_counter()
     tell = on_event or _warn
     check_output(Path(output), overwrite=overwrite)
@@ -235,12 +211,10 @@ def merge(
     for notice in planned.notices:
         tell(events.Notice(notice))
     with Staging(Path(output)) as staging:
-        receipts = _work(planned, manifests, staging.path, tell)
-        modules = tuple(map(_report, planned.tasks, receipts))
-        _finish(planned, manifests, staging.path, receipts, modules)
+        receipts, modules = run_plan(planned, manifests, staging.path, tell)
         seconds = time.perf_counter() - began
         timings = {receipt.target: receipt.seconds for receipt in receipts}
-        record.write_timings(staging.path, timings, seconds)
+        write_timings(staging.path, timings, seconds)
         staging.publish(overwrite=overwrite)
     tell(events.Published(os.fspath(output), planned.write_bytes))
     late = _late_notices(modules)
@@ -260,10 +234,10 @@ def verify(path: StrPath) -> Verification:
     """
     directory = Path(path)
     manifest = open_adapter(directory)
-    recorded = (directory / record.MARK_NAME).is_file()
+    recorded = (directory / MARK_NAME).is_file()
     problems: list[str] = []
     if recorded:
-        _, problems = record.check_record(directory)
+        _, problems = check_record(directory)
     scalings(manifest, None)
     if problems:
         raise VerificationError(path=str(directory), problems=tuple(problems))
@@ -298,129 +272,15 @@ def _plan(
     return make_plan(manifests, recipe, budget), manifests
 
 
-def _work(
-    planned: Plan, manifests: Sequence[Adapter], directory: Path, tell: events.OnEvent
-) -> list[Receipt]:
-    # torch and dask are loaded here, when there is work for them, and not for a plan.
-    from streammerge.worker import Job
-
-    regions = [region for task in planned.tasks for region in (task.a, task.b)]
-    starts = allocate(directory, planned.files, regions, planned.dtype)
-    job = Job(planned, manifests, directory, starts)
-    tell(events.Planned(len(planned.tasks), planned.read_bytes, planned.write_bytes))
-
-    def on_receipt(task: Task, receipt: Receipt) -> None:
-        tell(events.TaskDone(task.target, task.read_bytes, task.write_bytes, receipt.seconds))
-
-    try:
-        return _execute(job, on_receipt)
-    finally:
-        job.files.close()
-
-
-def _execute(job: Job, on_receipt: Any) -> list[Receipt]:
-    if job.plan.concurrency == 1:
-        from streammerge.executors.serial import run_serial
-
-        return run_serial(job, on_receipt)
-    from streammerge.executors.threads import run_threads
-
-    return run_threads(job, on_receipt)
-
-
-def _finish(
-    planned: Plan,
-    manifests: Sequence[Adapter],
-    directory: Path,
-    receipts: Sequence[Receipt],
-    modules: Sequence[ModuleReport],
-) -> None:
-    """Read every region back, make the files durable, and write config and record."""
-    from streammerge.worker import fingerprint
-
-    for file in planned.files:
-        sync_file(directory / file.name)
-    tensors = _read_back(planned, directory, receipts)
-    record.write_config(directory, planned)
-    facts = {
-        "streammerge": metadata.version("streammerge"),
-        "fingerprint": fingerprint(),
-        "inputs": _inputs(planned, manifests, receipts),
-        "modules": {report.target: _facts(report) for report in modules},
-    }
-    record.write_record(directory, planned, facts, tensors)
-    written = read_adapter(str(directory), NameTable())
-    if len(written) != len(planned.tasks) or not (scalings(written, None) == 1.0).all():
-        raise MergeFailedError(f"{directory}: what was written does not read back as planned")
-
-
-def _read_back(planned: Plan, directory: Path, receipts: Sequence[Receipt]) -> dict[str, str]:
-    """Compare every region with its receipt; return the checksums by tensor."""
-    from streammerge.output.record import headers
-
-    regions = [region for task in planned.tasks for region in (task.a, task.b)]
-    starts = [len(header) for header in headers(planned.files, regions, planned.dtype)]
-    checksums = [checksum for receipt in receipts for checksum in receipt.checksums]
-    problems = []
-    for region, checksum in zip(regions, checksums, strict=True):
-        name = planned.files[region.file].name
-        if region_checksum(directory / name, starts[region.file], region) != checksum:
-            problems.append(f"{name}: {region.name} does not read back as it was written")
-    if problems:
-        raise VerificationError(path=str(directory), problems=tuple(problems))
-    return {region.name: checksum for region, checksum in zip(regions, checksums, strict=True)}
-
-
-def _inputs(
-    planned: Plan, manifests: Sequence[Adapter], receipts: Sequence[Receipt]
-) -> list[dict[str, Any]]:
-    """Return, for each adapter, what it was and one checksum over all its tensors that were read."""
-    digests = [xxhash.xxh3_128() for _ in manifests]
-    counts = [0] * len(manifests)
-    for task, receipt in zip(planned.tasks, receipts, strict=True):
-        positions = planned.sources.adapter[task.first : task.last]
-        for position, checksums in zip(positions, receipt.inputs, strict=True):
-            digests[position].update("".join((task.target, *checksums)).encode())
-            counts[position] += 1
-    return [
-        {
-            "path": manifest.path,
-            "files": {Path(file.path).name: file.size for file in manifest.files},
-            "targets_used": count,
-            "xxh3": digest.hexdigest(),
-        }
-        for manifest, digest, count in zip(manifests, digests, counts, strict=True)
-    ]
-
-
-def _report(task: Task, receipt: Receipt) -> ModuleReport:
-    certificate = receipt.certificate
-    return ModuleReport(
-        target=task.target,
-        m=task.m,
-        n=task.n,
-        rank=task.rank,
-        adapters=task.last - task.first,
-        route=task.route,
-        kept_energy=certificate.kept_energy if certificate else None,
-        relative_error=certificate.relative_error if certificate else None,
-        excess=certificate.excess if certificate else None,
-        converged=certificate.converged if certificate else True,
-    )
-
-
-def _facts(report: ModuleReport) -> dict[str, Any]:
-    return {name: value for name, value in asdict(report).items() if name != "target"}
-
-
 def _late_notices(modules: Sequence[ModuleReport]) -> list[str]:
     missed = [module.target for module in modules if not module.converged]
     if not missed:
         return []
-    return [
+    notice = (
         f"{len(missed)} targets did not reach the tolerance of the truncated SVD in the planned "
         f"passes (such as {missed[0]}); streammerge.json says how far each is off"
-    ]
+    )
+    return [notice]
 
 
 class StreammergeWarning(UserWarning):

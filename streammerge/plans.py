@@ -6,6 +6,7 @@ Its tasks hold ranges into the plan's source columns, which point into the manif
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ def split(length: int, size: int) -> list[tuple[int, int]]:
     """Cut `length` into near-equal pieces of at least `size` (one piece if it is shorter)."""
     count = max(1, length // size)
     edges = [length * i // count for i in range(count + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))
 
 
 def row_tiles(m: int, n: int) -> list[tuple[int, int]]:

@@ -57,7 +57,7 @@ def with_exit_codes(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _terminate(signum: int, frame: object) -> NoReturn:
+def _terminate(_signum: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
@@ -66,8 +66,6 @@ def table(rows: list[tuple[object, ...]], header: tuple[str, ...]) -> str:
     lines = [header, *[tuple(printable(cell) for cell in row) for row in rows]]
     widths = [max(len(str(line[i])) for line in lines) for i in range(len(header))]
     return "\n".join(
-        "  ".join(
-            str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)
-        ).rstrip()
+        "  ".join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )

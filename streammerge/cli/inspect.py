@@ -63,6 +63,8 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} ({count})" for name, count in value.items())
     if isinstance(value, list):
-        shown = ", ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value[:8])
+        shown = ", ".join(
+            f"{item:g}" if isinstance(item, float) else str(item) for item in value[:8]
+        )
         return shown + (f", … ({len(value)} in all)" if len(value) > 8 else "") if value else "none"
     return "not stated" if value is None else str(value)

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", required=True, type=click.Path(), help="Directory to make.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @with_exit_codes
-def merge(adapters: tuple[str, ...], output: str, quiet: bool, as_json: bool, **options: Any) -> None:
+def merge(
+    adapters: tuple[str, ...], output: str, quiet: bool, as_json: bool, **options: Any
+) -> None:
     """Merge ADAPTERS (PEFT directories) into one adapter.
 
     \b
@@ -42,11 +44,12 @@ def _summary(result: MergeResult) -> str:
     from streammerge.budget import format_size
 
     plan = result.plan
-    lines = [
+    first = (
         f"{result.output}: {len(result.modules)} targets from "
         f"{len(plan.recipe['adapters'])} adapters, {format_size(plan.write_bytes)}, "
         f"{result.seconds:.1f} s"
-    ]
+    )
+    lines = [first]
     errors = [(m.relative_error, m.target) for m in result.modules if m.relative_error is not None]
     if errors:
         mean = sum(error for error, _ in errors) / len(errors)

@@ -17,7 +17,9 @@ def verify(output: str, as_json: bool) -> None:
 
     result = check(output)
     if as_json:
-        say_json({"path": str(result.path), "targets": result.targets, "checksums": result.checksums})
+        say_json(
+            {"path": str(result.path), "targets": result.targets, "checksums": result.checksums}
+        )
     elif result.checksums:
         say(f"{output}: {result.targets} targets, every checksum is right")
     else:

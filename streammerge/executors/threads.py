@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-import dask
+from dask.base import compute
 from dask.delayed import delayed
 
 from streammerge.plans import Task
@@ -40,7 +40,9 @@ def run_threads(job: Job, on_receipt: OnReceipt) -> list[Receipt]:
     ]
     with one_thread_each(), ThreadPoolExecutor(job.plan.concurrency) as pool:
         try:
-            done = dask.compute(*nodes, scheduler="threads", pool=pool, optimize_graph=False)
+            done = compute(  # type: ignore[no-untyped-call]  # dask has no types
+                *nodes, scheduler="threads", pool=pool, optimize_graph=False
+            )
         finally:
             # After a failure other threads finish the task in hand and leave their bundles.
             stop.set()

@@ -103,7 +103,8 @@ class _Space:
             block -= basis @ (basis.mT @ block)
         block = torch.linalg.qr(block).Q
         block -= basis @ (basis.mT @ block)
-        return torch.linalg.qr(block).Q
+        orthonormal: torch.Tensor = torch.linalg.qr(block).Q
+        return orthonormal
 
     def ritz(self, rank: int, energy: float, passes: int) -> Truncation:
         """Return the best triples in the basis, with their certificate."""
@@ -150,9 +151,7 @@ def estimate_errors(theta: torch.Tensor, norms: torch.Tensor) -> tuple[float, fl
     return float(missed), math.sqrt(float(pair))
 
 
-def is_converged(
-    found: Truncation, missed: float, pair_error: float, theta: torch.Tensor
-) -> bool:
+def is_converged(found: Truncation, missed: float, pair_error: float, theta: torch.Tensor) -> bool:
     """Return whether the certificate holds.
 
     The residual's norm must be within 1e-4 of the best possible, or be rounding. Where σ_R stands

@@ -32,7 +32,9 @@ def write_config(directory: Path, plan: Plan) -> None:
         write_file(directory / INDEX_NAME, _pretty(index))
 
 
-def write_record(directory: Path, plan: Plan, facts: Mapping[str, Any], tensors: Mapping[str, str]) -> None:
+def write_record(
+    directory: Path, plan: Plan, facts: Mapping[str, Any], tensors: Mapping[str, str]
+) -> None:
     """Write streammerge.json.
 
     Args:
@@ -157,7 +159,7 @@ def _check_header(path: Path, facts: dict[str, Any]) -> str:
     """Return what is wrong with a weights file, its tensors aside; empty when nothing is."""
     try:
         size = path.stat().st_size
-        with open(path, "rb") as stream:
+        with path.open("rb") as stream:
             header = stream.read(facts["header_bytes"])
     except OSError as error:
         return f"cannot be read ({error.strerror})"
@@ -182,7 +184,7 @@ def _digest(data: bytes) -> str:
 def _file_digest(path: Path) -> str | None:
     digest = xxhash.xxh3_128()
     try:
-        with open(path, "rb") as stream:
+        with path.open("rb") as stream:
             while data := stream.read(READ_BYTES):
                 digest.update(data)
     except OSError:

@@ -47,7 +47,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 def staging_path(output: Path) -> Path:
     """Return where a merge into `output` keeps its files until it is done."""
-    resolved = Path(os.path.abspath(output))
+    resolved = output.resolve()
     return resolved.with_name(f".{resolved.name}.streammerge")
 
 
@@ -55,7 +55,7 @@ class Staging:
     """The staging directory, held from `__enter__` until it is published or removed."""
 
     def __init__(self, output: Path) -> None:
-        self.output = Path(os.path.abspath(output))
+        self.output = output.resolve()
         self.path = staging_path(output)
         self._lock = -1
 
@@ -122,7 +122,7 @@ def _lock_directory(path: Path, output: Path) -> int:
                 ) from error
             # The holder may have published or removed the directory between open and lock.
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(path / LOCK_NAME), os.fstat(lock)):
+                if os.path.samestat((path / LOCK_NAME).stat(), os.fstat(lock)):
                     return lock
             os.close(lock)
 

@@ -19,16 +19,7 @@ from streammerge.plans import OutputFile, Region
 READ_BYTES = 8 * 1024**2
 
 
-def data_starts(
-    files: Sequence[OutputFile], regions: Sequence[Region], dtype: str
-) -> tuple[int, ...]:
-    """Return where each file's data begin, which is where its header ends."""
-    return tuple(len(header) for header in headers(files, regions, dtype))
-
-
-def headers(
-    files: Sequence[OutputFile], regions: Sequence[Region], dtype: str
-) -> list[bytes]:
+def headers(files: Sequence[OutputFile], regions: Sequence[Region], dtype: str) -> list[bytes]:
     """Return each file's header."""
     grouped: list[list[Region]] = [[] for _ in files]
     for region in regions:
@@ -48,7 +39,7 @@ def allocate(
     for file, header in zip(files, rendered, strict=True):
         path = directory / file.name
         try:
-            with open(path, "xb") as stream:
+            with path.open("xb") as stream:
                 os.posix_fallocate(stream.fileno(), 0, len(header) + file.data_bytes)
                 stream.write(header)
         except OSError as error:
@@ -128,7 +119,7 @@ def region_checksum(path: Path, data_start: int, region: Region) -> str:
     """
     digest = xxhash.xxh3_128()
     try:
-        with open(path, "rb", buffering=0) as stream:
+        with path.open("rb", buffering=0) as stream:
             stream.seek(data_start + region.offset)
             left = region.nbytes
             while left:
@@ -153,7 +144,7 @@ def write_file(path: Path, data: bytes) -> None:
         StorageError: the file system refused.
     """
     try:
-        with open(path, "xb") as stream:
+        with path.open("xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())

@@ -91,9 +91,7 @@ def check_shapes(adapters: Sequence[Adapter], alignment: Alignment, *, equal_ran
     _refuse_shapes(adapters, alignment, np.flatnonzero(differs & same_group))
 
 
-def gather(
-    adapters: Sequence[Adapter], alignment: Alignment, column: str
-) -> npt.NDArray[np.int64]:
+def gather(adapters: Sequence[Adapter], alignment: Alignment, column: str) -> npt.NDArray[np.int64]:
     """Return one column of the manifests for every row of the alignment."""
     values = np.concatenate([getattr(a.columns, column) for a in adapters])
     starts = np.cumsum([0] + [len(a) for a in adapters[:-1]])
@@ -105,7 +103,7 @@ def _step(fact: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     differs = fact[1:] != fact[:-1]
     if differs.ndim > 1:
         differs = differs.any(axis=1)
-    return np.r_[False, differs]
+    return np.concatenate([np.zeros(1, np.bool_), differs])
 
 
 def _refuse_shapes(

@@ -158,9 +158,7 @@ def _check_extras(adapters: Sequence[Adapter], policy: str) -> list[str]:
 
 def _check_bases(adapters: Sequence[Adapter], recipe: Recipe) -> list[str]:
     """Compare what the configs say of the base; only strict_base makes a difference an error."""
-    notices = [
-        f"{a.path}: no adapter_config.json" for a in adapters if a.config is None
-    ]
+    notices = [f"{a.path}: no adapter_config.json" for a in adapters if a.config is None]
     configs = [(a.path, a.config) for a in adapters if a.config is not None]
     bases = {config.base_model: path for path, config in reversed(configs)}
     if len(bases) > 1:
@@ -181,10 +179,11 @@ def _partial_targets(adapters: Sequence[Adapter], alignment: Alignment) -> list[
     partial = [g.target for g in alignment.groups if g.last - g.first < len(adapters)]
     if not partial:
         return []
-    return [
+    notice = (
         f"{len(partial)} of {len(alignment.groups)} targets are not in all adapters (such as "
         f"{partial[0]}); they are merged from those that have them"
-    ]
+    )
+    return [notice]
 
 
 def output_dtype(adapters: Sequence[Adapter], alignment: Alignment, asked: str) -> str:
@@ -196,7 +195,7 @@ def output_dtype(adapters: Sequence[Adapter], alignment: Alignment, asked: str) 
         columns = adapters[position].columns
         codes = np.union1d(columns.a_dtype, columns.b_dtype)
         present |= {DTYPES[code] for code in codes}
-    if present == {"F16"} or present == {"BF16"}:
+    if present in ({"F16"}, {"BF16"}):
         return TORCH_DTYPES[present.pop()]
     return "float64" if "F64" in present else "float32"
 

@@ -6,7 +6,6 @@ measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streammerge.catalog import RuleSpec
@@ -48,7 +47,13 @@ def tile_bytes(shape: Shape) -> int:
 
 
 def project(
-    route: Route, rule: RuleSpec, shape: Shape, *, resident: int = 0, block: int = 0, passes: int = 0
+    route: Route,
+    rule: RuleSpec,
+    shape: Shape,
+    *,
+    resident: int = 0,
+    block: int = 0,
+    passes: int = 0,
 ) -> int:
     """Return the bytes that a task holds at most."""
     if route == "concatenate":

@@ -81,8 +81,9 @@ def _agreed(values: Sequence[Any]) -> Any:
 def _task_type(types: Sequence[str | None]) -> tuple[str | None, list[str]]:
     task_type = next((name for name in types if name), None)
     if task_type in _TASKS_WITH_HEADS:
-        return None, [
+        notice = (
             f"task_type {task_type} is left out of the output's config: PEFT would look for a "
             "trained head, and the output holds none"
-        ]
+        )
+        return None, [notice]
     return task_type, []

@@ -114,7 +114,7 @@ def _refuse_variants(path: Path, raw: Mapping[str, Any]) -> None:
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING):
         raise UnsupportedAdapterError(
             f"init_lora_weights is {init!r}: this file is a difference against a changed base. "
-            "Convert it when saving (save_pretrained with path_initial_model_for_weight_conversion)",
+            "Convert it when saving (save_pretrained, path_initial_model_for_weight_conversion)",
             path=str(path),
             variant=init,
         )

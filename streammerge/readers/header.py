@@ -76,7 +76,7 @@ def read_header(path: Path) -> Header:
         CorruptFileError: not a safetensors file, truncated, or at odds with itself.
     """
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             status = os.fstat(file.fileno())
             length = _header_length(path, file.read(8), status.st_size)
             text = file.read(length)

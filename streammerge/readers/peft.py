@@ -8,8 +8,9 @@ and the like; nested prefixes, which a wrapper around a wrapper leaves behind, c
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from streammerge.errors import (
 )
 from streammerge.readers.config import CONFIG_NAME, read_config
 from streammerge.readers.header import Entry, Header, read_header
-from streammerge.readers.patterns import pattern_lookup
+from streammerge.readers.patterns import Value, pattern_lookup
 from streammerge.readers.recognise import recognise
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -59,7 +60,7 @@ def read_adapter(path: str, table: NameTable) -> Adapter:
     config = read_config(directory)
     headers = [read_header(file) for file in _weight_files(directory)]
     places = [(header, n, entry) for n, header in enumerate(headers) for entry in header.entries]
-    pairs, extras = _pair_up(directory, places)
+    pairs, extras = _pair_up(places)
     if not pairs:
         _refuse_without_factors(directory, [entry.name for _, _, entry in places])
     prefixes = tuple(sorted({prefix for _, prefix in pairs}))
@@ -99,7 +100,9 @@ def _weight_files(directory: Path) -> list[Path]:
             variant="pickle",
         )
     nested = sorted(child.parent.name for child in directory.glob(f"*/{CONFIG_NAME}"))
-    hint = f"; did you mean {', '.join(str(directory / name) for name in nested)}?" if nested else ""
+    hint = (
+        f"; did you mean {', '.join(str(directory / name) for name in nested)}?" if nested else ""
+    )
     raise MissingFileError(f"there is no {WEIGHTS_NAME} in it{hint}", path=str(directory))
 
 
@@ -120,7 +123,7 @@ def _shards(directory: Path) -> list[Path]:
 
 
 def _pair_up(
-    directory: Path, places: list[Place]
+    places: list[Place],
 ) -> tuple[dict[tuple[str, str], dict[str, Place]], list[str]]:
     """Sort tensors into {(target, prefix): {"A": …, "B": …}}, and the rest."""
     pairs: dict[tuple[str, str], dict[str, Place]] = {}
@@ -191,9 +194,7 @@ def _check_pair(pair: dict[str, Place]) -> None:
             )
     embedding = "lora_embedding_" in a.name
     if embedding != ("lora_embedding_" in b.name):
-        raise CorruptFileError(
-            f"is paired with {b.name}", path=header.file.path, tensor=a.name
-        )
+        raise CorruptFileError(f"is paired with {b.name}", path=header.file.path, tensor=a.name)
     _check_shapes(header, a, b)
 
 
@@ -236,25 +237,20 @@ def _rows(
     table: NameTable,
 ) -> Iterator[tuple[Any, ...]]:
     """Yield one row of the manifest for each target, in the order of their names."""
-    if config is None:
-        declared, alpha = (lambda _: 0), (lambda _: float("nan"))
-    else:
-        declared = pattern_lookup(config.rank_pattern, config.rank)
-        alpha = pattern_lookup(config.alpha_pattern, config.alpha)
+    # No config, no declared rank and no alpha: a rank of 0 explains no tensor.
+    declared = pattern_lookup(config.rank_pattern, config.rank) if config else _always(0)
+    alpha = pattern_lookup(config.alpha_pattern, config.alpha) if config else _always(math.nan)
     numbers = {prefix: number for number, prefix in enumerate(prefixes)}
     for target, prefix in sorted(pairs):
         (_, a_file, a), (_, b_file, b) = (pairs[target, prefix][side] for side in "AB")
         rank, *inner = a.shape
-        n = 1
-        for size in inner:
-            n *= size
         kind = CONV if len(inner) > 1 else EMBEDDING if "lora_embedding_" in a.name else LINEAR
         yield (
             table.add(target),
             kind,
             rank,
             b.shape[0],
-            n,
+            math.prod(inner),
             (*inner, 0, 0, 0)[:4],
             declared(target),
             alpha(target),
@@ -266,6 +262,10 @@ def _rows(
             b.offset,
             DTYPES.index(b.dtype),
         )
+
+
+def _always(value: Value) -> Callable[[str], Value]:
+    return lambda _target: value
 
 
 def _refuse_without_factors(directory: Path, names: list[str]) -> None:

@@ -17,4 +17,6 @@ def factor_weights(
     """
     q = [weight * scaling for weight, scaling in zip(weights, scalings, strict=True)]
     roots = [math.sqrt(abs(value)) for value in q]
-    return [math.copysign(r, value) if value else r for r, value in zip(roots, q, strict=True)], roots
+    return [
+        math.copysign(r, value) if value else r for r, value in zip(roots, q, strict=True)
+    ], roots

@@ -1,0 +1,132 @@
+"""The end of a run: every region read back, files made durable, config and record written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from streammerge.adapter import Adapter, NameTable
+from streammerge.errors import MergeFailedError, VerificationError
+from streammerge.output.record import write_config, write_record
+from streammerge.output.writer import region_checksum, sync_file
+from streammerge.planner.scaling import scalings
+from streammerge.plans import Plan, Task
+from streammerge.readers import read_adapter
+from streammerge.worker import Receipt, fingerprint
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """What became of one target."""
+
+    target: str
+    m: int
+    n: int
+    rank: int
+    """Of the output."""
+    adapters: int
+    """How many have this target."""
+    route: str
+    kept_energy: float | None
+    """Share of the merged matrix's energy that the truncated pair keeps; None where nothing is
+    truncated, or where a rule on factors has no merged matrix."""
+    relative_error: float | None
+    """‖M - B·A‖/‖M‖ of the pair as written."""
+    excess: float | None
+    """How far that is above the best possible of the rank, relatively; an estimate."""
+    converged: bool
+    """False where the planned passes did not reach the tolerance."""
+
+
+def finish(
+    planned: Plan,
+    manifests: Sequence[Adapter],
+    directory: Path,
+    starts: Sequence[int],
+    receipts: Sequence[Receipt],
+) -> tuple[ModuleReport, ...]:
+    """Read every region back, make the files durable, write config and record; return reports.
+
+    Raises:
+        VerificationError: a region does not read back as it was written.
+        MergeFailedError: the output as a whole does not.
+    """
+    modules = tuple(map(_report, planned.tasks, receipts))
+    for file in planned.files:
+        sync_file(directory / file.name)
+    tensors = _read_back(planned, directory, starts, receipts)
+    write_config(directory, planned)
+    facts = {
+        "streammerge": metadata.version("streammerge"),
+        "fingerprint": fingerprint(),
+        "inputs": _inputs(planned, manifests, receipts),
+        "modules": {report.target: _facts(report) for report in modules},
+    }
+    write_record(directory, planned, facts, tensors)
+    written = read_adapter(str(directory), NameTable())
+    if len(written) != len(planned.tasks) or not (scalings(written, None) == 1.0).all():
+        raise MergeFailedError(f"{directory}: what was written does not read back as planned")
+    return modules
+
+
+def _read_back(
+    planned: Plan, directory: Path, starts: Sequence[int], receipts: Sequence[Receipt]
+) -> dict[str, str]:
+    """Compare every region with its receipt; return the checksums by tensor."""
+    regions = [region for task in planned.tasks for region in (task.a, task.b)]
+    checksums = [checksum for receipt in receipts for checksum in receipt.checksums]
+    problems = []
+    for region, checksum in zip(regions, checksums, strict=True):
+        name = planned.files[region.file].name
+        if region_checksum(directory / name, starts[region.file], region) != checksum:
+            problems.append(f"{name}: {region.name} does not read back as it was written")
+    if problems:
+        raise VerificationError(path=str(directory), problems=tuple(problems))
+    return {region.name: checksum for region, checksum in zip(regions, checksums, strict=True)}
+
+
+def _inputs(
+    planned: Plan, manifests: Sequence[Adapter], receipts: Sequence[Receipt]
+) -> list[dict[str, Any]]:
+    """Return what each adapter was, with one checksum over all of its tensors that were read."""
+    digests = [xxhash.xxh3_128() for _ in manifests]
+    counts = [0] * len(manifests)
+    for task, receipt in zip(planned.tasks, receipts, strict=True):
+        positions = planned.sources.adapter[task.first : task.last]
+        for position, checksums in zip(positions, receipt.inputs, strict=True):
+            digests[position].update("".join((task.target, *checksums)).encode())
+            counts[position] += 1
+    return [
+        {
+            "path": manifest.path,
+            "files": {Path(file.path).name: file.size for file in manifest.files},
+            "targets_used": count,
+            "xxh3": digest.hexdigest(),
+        }
+        for manifest, digest, count in zip(manifests, digests, counts, strict=True)
+    ]
+
+
+def _report(task: Task, receipt: Receipt) -> ModuleReport:
+    certificate = receipt.certificate
+    return ModuleReport(
+        target=task.target,
+        m=task.m,
+        n=task.n,
+        rank=task.rank,
+        adapters=task.last - task.first,
+        route=task.route,
+        kept_energy=certificate.kept_energy if certificate else None,
+        relative_error=certificate.relative_error if certificate else None,
+        excess=certificate.excess if certificate else None,
+        converged=certificate.converged if certificate else True,
+    )
+
+
+def _facts(report: ModuleReport) -> dict[str, Any]:
+    return {name: value for name, value in asdict(report).items() if name != "target"}

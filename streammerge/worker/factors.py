@@ -1,0 +1,123 @@
+"""Input factors: stored bytes in, checked tensors of the compute dtype out."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+
+from streammerge.adapter import Factor
+from streammerge.draw import stream_key
+from streammerge.errors import NonFiniteError
+from streammerge.plans import Task
+from streammerge.readers.mapped import MappedFiles
+from streammerge.worker.job import Job
+
+_STORED = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class FactorReader:
+    """One factor of one adapter: elements in the compute dtype, checked, hashed on the way."""
+
+    def __init__(self, files: MappedFiles, factor: Factor, dtype: torch.dtype) -> None:
+        self.factor = factor
+        self._files = files
+        self._dtype = dtype
+        self._stored = _STORED[factor.dtype]
+        self._hash = xxhash.xxh3_128()
+        self._hashed = 0
+
+    def elements(self, start: int, stop: int) -> torch.Tensor:
+        """Return elements start … stop - 1, in file order, as a tensor of their own.
+
+        Raises:
+            NonFiniteError: one of them is NaN or infinite.
+        """
+        size = self._stored.itemsize
+        offset, nbytes = self.factor.offset + start * size, (stop - start) * size
+        window = self._files.window(self.factor.file, offset, nbytes)
+        if start == self._hashed:
+            self._hash.update(window.data)
+            self._hashed = stop
+        values = _view(window, self._stored).to(self._dtype, copy=True)
+        # A sum is finite only if all its terms are; it may overflow without them, hence the look.
+        if not torch.isfinite(values.sum()):
+            self._refuse_non_finite(values)
+        return values
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return rows start … stop - 1 as a matrix; what follows the first dimension is one."""
+        width = self.factor.elements // self.factor.shape[0]
+        return self.elements(start * width, stop * width).view(stop - start, width)
+
+    def whole(self) -> torch.Tensor:
+        """Return all of it as a matrix."""
+        return self.rows(0, self.factor.shape[0])
+
+    def checksum(self) -> str:
+        """xxh3-128 of the stored bytes, all of which have been read in order by now."""
+        assert self._hashed == self.factor.elements, f"{self.factor.key}: not read in order"
+        return self._hash.hexdigest()
+
+    def _refuse_non_finite(self, values: torch.Tensor) -> None:
+        wrong = values[~torch.isfinite(values)]
+        if len(wrong):
+            value = "NaN" if bool(wrong[0].isnan()) else "infinity"
+            raise NonFiniteError(path=self.factor.file.path, tensor=self.factor.key, value=value)
+
+
+def _view(window: npt.NDArray[np.uint8], dtype: torch.dtype) -> torch.Tensor:
+    """Return stored bytes as a tensor without a copy; it must not be written to.
+
+    The one door for read-only maps: torch warns of any buffer that is not writable, and has no
+    read-only tensors. The array stays alive with the tensor, being an attribute of its buffer.
+    """
+    if window.nbytes == 0:
+        return torch.empty(0, dtype=dtype)
+    if window.ctypes.data % dtype.itemsize:
+        # Early safetensors files do not align their data.
+        window = window.copy()
+    buffer: Any = (ctypes.c_char * window.nbytes).from_address(window.ctypes.data)
+    buffer.keeps_alive = window
+    return torch.frombuffer(buffer, dtype=dtype)
+
+
+class Sources:
+    """The factors that take part in one target, in the adapters' order."""
+
+    def __init__(self, job: Job, task: Task) -> None:
+        columns, weights = job.plan.sources, job.plan.recipe["weights"]
+        rows = range(task.first, task.last)
+        self.positions = [int(columns.adapter[i]) for i in rows]
+        self.weights = [float(weights[p]) for p in self.positions]
+        self.scalings = [float(columns.scaling[i]) for i in rows]
+        self.a, self.b = (
+            [
+                FactorReader(
+                    job.files, job.adapters[p].factor(int(columns.row[i]), side), job.dtype
+                )
+                for p, i in zip(self.positions, rows, strict=True)
+            ]
+            for side in "AB"
+        )
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def keys(self, job: Job, target: str, tensor: str) -> list[int]:
+        """Return each source's key of random bits for a tensor of the target."""
+        seed = int(job.plan.recipe["seed"])
+        return [stream_key(seed, position, target, tensor) for position in self.positions]
+
+    def checksums(self) -> tuple[tuple[str, str], ...]:
+        """Return each source's checksums of A and B."""
+        return tuple((a.checksum(), b.checksum()) for a, b in zip(self.a, self.b, strict=True))

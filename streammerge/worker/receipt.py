@@ -1,0 +1,32 @@
+"""What a finished task leaves behind: checksums and figures, never tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How good a truncated pair is, for the tensors as written. Estimates; see docs."""
+
+    kept_energy: float
+    """Share of the merged matrix's energy ‖M‖²_F that the pair keeps."""
+    relative_error: float
+    """‖M - B·A‖_F / ‖M‖_F."""
+    excess: float
+    """How far that is above the best possible of the rank, relatively."""
+    converged: bool
+    passes: int
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a finished task leaves behind."""
+
+    target: str
+    checksums: tuple[str, str]
+    """xxh3-128 of A's and of B's region."""
+    inputs: tuple[tuple[str, str], ...]
+    """xxh3-128 of each source's A and B, as stored."""
+    certificate: Certificate | None
+    seconds: float
