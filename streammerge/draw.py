@@ -1,7 +1,7 @@
 """Random bits that depend on what they are for, and on nothing else.
 
 A keyed counter hash (SplitMix64's finaliser; Steele, Lea and Flood 2014) in integer tensor
-operations: element i of a stream is mix(key + (i + 1)·gamma), its upper 32 bits. So a DARE mask is a
+operations: element i of a stream is mix(key + (i + 1)·gamma), its upper 32 bits. A DARE mask is a
 pure function of (seed, adapter's position, target, tensor, flat index): the same for any tile,
 worker, device or resume.
 """
