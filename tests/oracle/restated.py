@@ -1,0 +1,216 @@
+"""The eleven methods once more, dense and in float64, straight from the formulas.
+
+Nothing here knows of files, tiles or streammerge. A source is one adapter's share of one target,
+with both factors as matrices: B is m x r, A is r x n, and its delta is (B A) * scaling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Matrix = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+FACTOR_METHODS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+DELTA_METHODS = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
+METHODS = ("cat", *FACTOR_METHODS, *DELTA_METHODS)
+_RULE_OF_DELTA_METHOD = {
+    name: "linear" if name == "svd" else name.removesuffix("_svd") for name in DELTA_METHODS
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One adapter's factors for one target."""
+
+    a: Matrix
+    b: Matrix
+    scaling: float
+
+    @property
+    def delta(self) -> Matrix:
+        """The change to the weight matrix, m x n."""
+        return (self.b @ self.a) * self.scaling
+
+
+@dataclass(frozen=True)
+class FactorMasks:
+    """What DARE keeps of each adapter's A and of each adapter's B."""
+
+    a: Sequence[Mask]
+    b: Sequence[Mask]
+
+
+def rule_of(method: str) -> str:
+    """The element-wise rule behind a method's name."""
+    return _RULE_OF_DELTA_METHOD.get(method, method)
+
+
+def uses_masks(method: str) -> bool:
+    """Whether the method prunes at random."""
+    return method.startswith("dare")
+
+
+def uses_density(method: str) -> bool:
+    """Whether the method prunes at all."""
+    return rule_of(method) not in ("cat", "linear")
+
+
+def uses_majority_sign(method: str) -> bool:
+    """Whether the method elects a sign."""
+    return "ties" in method
+
+
+def prune_by_magnitude(x: Matrix, density: float) -> Matrix:
+    """Keep the int(density * size) largest |x|; of equals, the lowest flat index."""
+    if density >= 1:
+        return x
+    kept = np.argsort(-np.abs(x).ravel(), kind="stable")[: int(density * x.size)]
+    pruned = np.zeros(x.size)
+    pruned[kept] = x.ravel()[kept]
+    return pruned.reshape(x.shape)
+
+
+def prune_by_mask(x: Matrix, keep: Mask, density: float) -> Matrix:
+    """Keep what the mask keeps, divided by the density."""
+    if density >= 1:
+        return x
+    return np.where(keep, x / density, 0.0)
+
+
+def elect(tensors: Sequence[Matrix], majority_sign: str) -> Matrix:
+    """The sign that wins at each position; a tied vote elects +1."""
+    stacked = np.stack(tensors)
+    votes = {"total": stacked, "frequency": np.sign(stacked)}[majority_sign]
+    return np.where(votes.sum(axis=0) >= 0, 1.0, -1.0)
+
+
+def weighted_sum(tensors: Sequence[Matrix], weights: Sequence[float]) -> Matrix:
+    """Sum of w_i * x_i."""
+    total = np.zeros_like(tensors[0])
+    for tensor, weight in zip(tensors, weights, strict=True):
+        total = total + weight * tensor
+    return total
+
+
+def disjoint_mean(
+    tensors: Sequence[Matrix], weights: Sequence[float], majority_sign: str
+) -> Matrix:
+    """Weighted sum of the values that agree with the elected sign, over their number."""
+    elected = elect(tensors, majority_sign)
+    agrees = [np.sign(tensor) == elected for tensor in tensors]
+    kept = [np.where(ok, tensor, 0.0) for ok, tensor in zip(agrees, tensors, strict=True)]
+    count = np.stack(agrees).sum(axis=0)
+    return weighted_sum(kept, weights) / np.maximum(count, 1)
+
+
+def apply_rule(
+    rule: str,
+    tensors: Sequence[Matrix],
+    weights: Sequence[float],
+    *,
+    density: float | None = None,
+    majority_sign: str = "total",
+    masks: Sequence[Mask] | None = None,
+) -> Matrix:
+    """One element-wise rule on N tensors of one shape."""
+    if rule == "linear":
+        return weighted_sum(tensors, weights)
+    assert density is not None
+    if rule.startswith("dare"):
+        assert masks is not None
+        pruned = [prune_by_mask(x, keep, density) for x, keep in zip(tensors, masks, strict=True)]
+    else:
+        pruned = [prune_by_magnitude(x, density) for x in tensors]
+    if rule in ("ties", "dare_ties"):
+        return disjoint_mean(pruned, weights, majority_sign)
+    assert rule in ("magnitude_prune", "dare_linear"), rule
+    return weighted_sum(pruned, weights)
+
+
+def merge_factors(
+    method: str,
+    sources: Sequence[Source],
+    weights: Sequence[float],
+    *,
+    density: float | None = None,
+    majority_sign: str = "total",
+    masks: FactorMasks | None = None,
+) -> tuple[Matrix, Matrix]:
+    """(A, B) of `cat` or of a method in factor space."""
+    q = [weight * source.scaling for weight, source in zip(weights, sources, strict=True)]
+    if method == "cat":
+        a = np.vstack([q_i * source.a for q_i, source in zip(q, sources, strict=True)])
+        return a, np.hstack([source.b for source in sources])
+    assert method in FACTOR_METHODS, method
+    on_b = [math.sqrt(abs(q_i)) for q_i in q]
+    on_a = [root if q_i >= 0 else -root for root, q_i in zip(on_b, q, strict=True)]
+    shared = {"density": density, "majority_sign": majority_sign}
+    masks_a, masks_b = (masks.a, masks.b) if masks else (None, None)
+    a = apply_rule(method, [s.a for s in sources], on_a, masks=masks_a, **shared)
+    b = apply_rule(method, [s.b for s in sources], on_b, masks=masks_b, **shared)
+    return a, b
+
+
+def merge_delta(
+    method: str,
+    sources: Sequence[Source],
+    weights: Sequence[float],
+    *,
+    density: float | None = None,
+    majority_sign: str = "total",
+    masks: Sequence[Mask] | None = None,
+) -> Matrix:
+    """The merged m x n matrix of an `*svd` method, before it is truncated."""
+    deltas = [source.delta for source in sources]
+    return apply_rule(
+        rule_of(method), deltas, weights, density=density, majority_sign=majority_sign, masks=masks
+    )
+
+
+def best_rank(delta: Matrix, rank: int) -> Matrix:
+    """The nearest matrix of that rank, by the dense SVD."""
+    u, s, vt = np.linalg.svd(delta, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vt[:rank]
+
+
+def residual(delta: Matrix, rank: int) -> float:
+    """Frobenius distance from delta to the nearest matrix of that rank."""
+    return float(np.linalg.norm(np.linalg.svd(delta, compute_uv=False)[rank:]))
+
+
+def clamped_factors(
+    delta: Matrix, rank: int, quantile: float, *, like_a: Matrix
+) -> tuple[Matrix, Matrix]:
+    """(A, B) with all of the magnitude in B, both clamped at one quantile of their entries.
+
+    The quantile is of signed entries, so it depends on the sign of each singular pair, which no
+    SVD fixes: the pairs take the signs of `like_a`'s rows.
+    """
+    u, s, vt = np.linalg.svd(delta, full_matrices=False)
+    signs = np.where((vt[:rank] * like_a).sum(axis=1) >= 0, 1.0, -1.0)
+    b, a = u[:, :rank] * (s[:rank] * signs), vt[:rank] * signs[:, None]
+    high = np.quantile(np.concatenate([b.ravel(), a.ravel()]), quantile)
+    return np.clip(a, -high, high), np.clip(b, -high, high)
+
+
+def pruning_gap(x: Matrix, density: float) -> float:
+    """Relative distance between the smallest |x| that is kept and the largest that is not."""
+    keep = int(density * x.size)
+    if keep in (0, x.size):
+        return math.inf
+    ordered = np.sort(np.abs(x).ravel())[::-1]
+    return float((ordered[keep - 1] - ordered[keep]) / ordered[keep - 1])
+
+
+def election_gap(tensors: Sequence[Matrix]) -> float:
+    """The smallest |sum| of a contested vote, relative to the largest value."""
+    stacked = np.stack(tensors)
+    contested = (stacked > 0).any(axis=0) & (stacked < 0).any(axis=0)
+    votes = np.abs(stacked.sum(axis=0))[contested]
+    return float(votes.min() / np.abs(stacked).max()) if votes.size else math.inf
