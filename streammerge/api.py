@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge import events
 from streammerge.adapter import Adapter, NameTable
-from streammerge.budget import allow, parse_size
+from streammerge.budget import Budget, allow, parse_size
 from streammerge.errors import RecipeError, VerificationError
 from streammerge.output.record import check_record, write_timings
+from streammerge.output.space import check_scratch, check_space
 from streammerge.output.staging import MARK_NAME, Staging, check_output
 from streammerge.planner import make_plan
 from streammerge.planner.scaling import scalings
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from streammerge.finish import ModuleReport
 
 StrPath = str | os.PathLike[str]
+
+IO_WAYS = ("mmap", "pread")
 
 
 @dataclass(frozen=True, repr=False)
@@ -90,6 +93,8 @@ def plan(
     strict_base: bool = False,
     max_memory: str | int | None = None,
     workers: int | None = None,
+    io: str = "mmap",
+    scratch: StrPath | None = None,
     max_shard_size: str | int | None = None,
     overwrite: bool = False,
 ) -> Plan:
@@ -122,7 +127,7 @@ def plan(
         strict_base=strict_base,
         max_shard_size=max_shard_size,
     )
-    return _plan(recipe, max_memory, workers)[0]
+    return _plan(recipe, output, max_memory, workers, io, scratch)[0]
 
 
 def merge(
@@ -146,6 +151,8 @@ def merge(
     strict_base: bool = False,
     max_memory: str | int | None = None,
     workers: int | None = None,
+    io: str = "mmap",
+    scratch: StrPath | None = None,
     max_shard_size: str | int | None = None,
     overwrite: bool = False,
     on_event: events.OnEvent | None = None,
@@ -174,6 +181,8 @@ def merge(
         max_memory: for the whole process, in bytes or like "2GiB"; what the machine grants, with
             headroom, when None.
         workers: tasks at once; the number of cores when None.
+        io: "mmap", or "pread" for network file systems.
+        scratch: directory on a disk, for tiles that do not fit into memory.
         max_shard_size: write shards of at most this size, with an index; one file when None.
         overwrite: replace an earlier output of streammerge.
         on_event: called with what happens; notices become Python warnings when None.
@@ -207,7 +216,7 @@ def merge(
         strict_base=strict_base,
         max_shard_size=max_shard_size,
     )
-    planned, manifests = _plan(recipe, max_memory, workers)
+    planned, manifests = _plan(recipe, output, max_memory, workers, io, scratch)
     for notice in planned.notices:
         tell(events.Notice(notice))
     with Staging(Path(output)) as staging:
@@ -261,15 +270,32 @@ def _recipe(
 
 
 def _plan(
-    recipe: Recipe, max_memory: str | int | None, workers: int | None
+    recipe: Recipe,
+    output: StrPath | None,
+    max_memory: str | int | None,
+    workers: int | None,
+    io: str,
+    scratch: StrPath | None,
 ) -> tuple[Plan, list[Adapter]]:
+    # torch is loaded to measure what the process takes with it; an inspection does without.
+    from streammerge.worker import measure_process  # noqa: PLC0415
+
     threads = len(os.sched_getaffinity(0)) if workers is None else workers
     if threads < 1:
         raise RecipeError(f"workers must be at least 1, not {workers}", option="workers")
-    budget = allow(max_memory, threads=threads)
+    if io not in IO_WAYS:
+        raise RecipeError(f"io must be one of {', '.join(IO_WAYS)}, not {io!r}", option="io")
+    allowed, origin = allow(max_memory)
     table = NameTable()
     manifests = [read_adapter(path, table) for path in recipe.adapters]
-    return make_plan(manifests, recipe, budget), manifests
+    budget = Budget(allowed, origin, measure_process(threads), threads)
+    place = None if scratch is None else check_scratch(os.fspath(scratch))
+    planned = make_plan(manifests, recipe, budget, io=io, scratch=place)
+    if output is not None:
+        check_space(os.fspath(Path(output).resolve().parent), planned.write_bytes)
+    if place is not None:
+        check_space(place, planned.scratch_bytes)
+    return planned, manifests
 
 
 def _late_notices(modules: Sequence[ModuleReport]) -> list[str]:

@@ -23,11 +23,11 @@ GIB = 1024**3
 HEADROOM = 0.85
 """Share of what the machine grants that a run allows itself when nothing was said."""
 
-RESERVED_BYTES = 300 * MIB
-"""Interpreter, torch and its libraries, before any work."""
+THREAD_BYTES = 12 * MIB
+"""What one more worker thread reserves: its stack, its allocator arena, its BLAS buffers."""
 
-RESERVED_BYTES_PER_THREAD = 8 * MIB
-"""A worker thread's stack and its allocator arena."""
+SPARE_BYTES = 16 * MIB
+"""What the process grows by apart from its tasks: receipts, progress, code that is loaded late."""
 
 _UNITS = {
     "": 1,
@@ -85,13 +85,15 @@ class Budget:
     """For the whole process, as the resident set size shows it."""
     origin: str
     """Where the number came from, for people."""
+    process_bytes: int
+    """Measured: what the process holds before any task, with all libraries loaded and warm."""
     threads: int = 1
     """Tasks that may be in flight at once."""
 
     @property
     def reserved_bytes(self) -> int:
-        """What interpreter, libraries and threads take before any task."""
-        return RESERVED_BYTES + self.threads * RESERVED_BYTES_PER_THREAD
+        """What the process takes apart from its tasks."""
+        return self.process_bytes + SPARE_BYTES + self.threads * THREAD_BYTES
 
     @property
     def task_bytes(self) -> int:
@@ -99,17 +101,18 @@ class Budget:
         return (self.allowed_bytes - self.reserved_bytes) // self.threads
 
 
-def allow(max_memory: str | int | None, *, threads: int = 1) -> Budget:
-    """Return the budget that the user asked for, or what the machine grants, with headroom."""
+def allow(max_memory: str | int | None) -> tuple[int, str]:
+    """Return how much the user allows, or the machine grants with headroom, and who said so."""
     if max_memory is not None:
-        size = parse_size(max_memory, option="max_memory")
-        return Budget(allowed_bytes=size, origin="max_memory", threads=threads)
+        return parse_size(max_memory, option="max_memory"), "max_memory"
     size, origin = min(granted_by_machine())
-    return Budget(
-        allowed_bytes=int(size * HEADROOM),
-        origin=f"{HEADROOM:.0%} of {format_size(size)} ({origin})",
-        threads=threads,
-    )
+    return int(size * HEADROOM), f"{HEADROOM:.0%} of {format_size(size)} ({origin})"
+
+
+def resident_bytes() -> int:
+    """Return what this process holds in memory now, shared pages included."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def granted_by_machine(

@@ -11,12 +11,14 @@ StreammergeError
 │   │   └── ExtraTensorsError    tensors that are not LoRA factors, and no choice what to do
 │   ├── IncompatibleError        adapters that do not fit together
 │   ├── BudgetError              the merge cannot be done inside the allowed memory
+│   ├── DiskSpaceError           the output or the scratch does not fit its disk
 │   ├── OutputExistsError        something lies at the output's name
 │   └── OutputBusyError          another merge is writing to the same output
 ├── MergeFailedError             during the work: the output's name is untouched; exit code 1
 │   ├── NonFiniteError           NaN or infinity in an input tensor
 │   ├── OutputOverflowError      a merged value does not fit the output's dtype
 │   ├── ClampError               the clamp's quantile is negative on this target
+│   ├── MemoryExhaustedError     an allocation failed although the plan fitted the budget
 │   ├── InputChangedError        an input file is not the one that was planned with
 │   └── StorageError             the output could not be written
 └── VerificationError            an output's bytes are not those that were recorded; exit code 1
@@ -93,13 +95,7 @@ class UnknownScalingError(AdapterError):
     """
 
     def __init__(
-        self,
-        message: str,
-        *,
-        path: str,
-        tensor: str,
-        declared_rank: int | None,
-        found_rank: int,
+        self, message: str, *, path: str, tensor: str, declared_rank: int | None, found_rank: int
     ) -> None:
         super().__init__(message, path=path, tensor=tensor)
         self.declared_rank = declared_rank
@@ -156,6 +152,25 @@ class BudgetError(RefusedError):
         self.projected_bytes = projected_bytes
         self.allowed_bytes = allowed_bytes
         self.smallest_bytes = smallest_bytes
+
+
+class DiskSpaceError(RefusedError):
+    """The output or the scratch does not fit its disk.
+
+    Attributes:
+        path: where it was to go.
+        needed_bytes: what it takes.
+        free_bytes: what is free there.
+    """
+
+    def __init__(self, *, path: str, needed_bytes: int, free_bytes: int) -> None:
+        super().__init__(
+            f"{path}: {needed_bytes} bytes are needed here, {free_bytes} are free; make room or "
+            "choose another disk"
+        )
+        self.path = path
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
 
 
 class OutputExistsError(RefusedError, FileExistsError):
@@ -225,6 +240,24 @@ class ClampError(MergeFailedError, ValueError):
         self.target = target
         self.quantile = quantile
         self.limit = limit
+
+
+class MemoryExhaustedError(MergeFailedError, MemoryError):
+    """An allocation failed although the plan fitted the budget.
+
+    Attributes:
+        target: the target whose task it was.
+        projected_bytes: what that task had promised to hold at most.
+    """
+
+    def __init__(self, *, target: str, projected_bytes: int) -> None:
+        super().__init__(
+            f"{target}: the system refused memory to a task that holds at most "
+            f"{projected_bytes} bytes; something else has taken it, or a limit on this process is "
+            "below --max-memory. Lower --max-memory or --workers"
+        )
+        self.target = target
+        self.projected_bytes = projected_bytes
 
 
 class InputChangedError(MergeFailedError):

@@ -15,11 +15,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-Route = Literal["concatenate", "fold", "core", "dense", "krylov"]
+Route = Literal["concatenate", "fold", "core", "sum", "dense", "krylov"]
 """How a task computes its pair:
 concatenate: the factors side by side, scaled; fold: the rule on A's and on B's, tile by tile;
-core: QR of the stacked factors and the SVD of the small core between them; dense: the merged
-matrix as a whole and its SVD; krylov: block Krylov on the tiles of the merged matrix."""
+core: QR of the stacked factors and the SVD of the small core between them; sum: block Krylov on
+the factors of a weighted sum, one adapter after another; dense: the merged matrix as a whole and
+its SVD; krylov: block Krylov on the tiles of the merged matrix."""
 
 TILE_ELEMENTS = 2**18
 """Elements of a tile, about: 1 MiB of float32, which stays in a core's cache."""
@@ -43,6 +44,16 @@ def row_tiles(m: int, n: int) -> list[tuple[int, int]]:
 def flat_tiles(elements: int) -> list[tuple[int, int]]:
     """Return the ranges of a factor's tiles, over its elements in file order."""
     return split(elements, TILE_ELEMENTS)
+
+
+def factor_rows(rows: int, width: int) -> list[tuple[int, int]]:
+    """Return the row ranges in which a rows × width factor is read."""
+    return split(rows, max(1, TILE_ELEMENTS // width))
+
+
+def longest(tiles: list[tuple[int, int]]) -> int:
+    """Return the length of the longest range."""
+    return max(stop - start for start, stop in tiles)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +88,10 @@ class Task:
     resident: int
     """How many tiles of the merged matrix are held at once (the chunk); the rest is computed
     again when it is needed. Changes time and memory, never a byte of the result."""
+    spilled: int
+    """How many of the others lie on scratch disk instead of being computed again."""
+    factors: int
+    """Sources whose A is held, converted; those of the others are read again for each tile."""
     block: int
     """Columns of a Krylov block; 0 on other routes."""
     passes: int
@@ -129,6 +144,10 @@ class Plan:
     reserved_bytes: int
     concurrency: int
     """Tasks in flight at once."""
+    io: str = "mmap"
+    """How inputs are read: "mmap" or "pread"."""
+    scratch: str | None = None
+    """Directory for tiles that do not fit into memory."""
     notices: tuple[str, ...] = ()
 
     @property
@@ -140,6 +159,17 @@ class Plan:
     def write_bytes(self) -> int:
         """Bytes of tensors in the output."""
         return sum(file.data_bytes for file in self.files)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What the tasks in flight spill at most."""
+        spills = sorted((spilled_bytes(task, self.item_bytes) for task in self.tasks), reverse=True)
+        return sum(spills[: self.concurrency])
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of a number in the compute dtype."""
+        return 8 if self.recipe["compute_dtype"] == "float64" else 4
 
     @property
     def projected_bytes(self) -> int:
@@ -175,6 +205,12 @@ class Plan:
         fields["files"] = tuple(OutputFile(**file) for file in fields["files"])
         fields["notices"] = tuple(fields["notices"])
         return cls(**fields)
+
+
+def spilled_bytes(task: Task, item_bytes: int) -> int:
+    """Return what a task writes to scratch disk."""
+    tiles = row_tiles(task.m, task.n)[task.resident : task.resident + task.spilled]
+    return sum(stop - start for start, stop in tiles) * task.n * item_bytes
 
 
 def _task(fields: dict[str, Any]) -> Task:

@@ -77,9 +77,7 @@ _OPTIONS = (
         help="What to do about tensors that are not LoRA factors (heads, biases).",
     ),
     click.option(
-        "--scaling",
-        type=Scaling(),
-        help="Where a config does not explain a tensor's rank.",
+        "--scaling", type=Scaling(), help="Where a config does not explain a tensor's rank."
     ),
     click.option("--include", metavar="RE", help="Merge only targets in whose name RE is found."),
     click.option("--exclude", metavar="RE", help="Leave out targets in whose name RE is found."),
@@ -90,6 +88,16 @@ _OPTIONS = (
         help="For the whole process, like 512MiB.  [default: what the machine grants]",
     ),
     click.option("--workers", type=int, help="Tasks at once.  [default: the number of cores]"),
+    click.option(
+        "--io",
+        default="mmap",
+        show_default=True,
+        metavar="mmap|pread",
+        help="How inputs are read; pread suits network file systems.",
+    ),
+    click.option(
+        "--scratch", type=click.Path(), help="Directory for tiles that do not fit into memory."
+    ),
     click.option("--max-shard-size", metavar="SIZE", help="Write shards and an index."),
     click.option("--overwrite", is_flag=True, help="Replace an earlier output of streammerge."),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),

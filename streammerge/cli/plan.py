@@ -54,6 +54,7 @@ def _totals(plan: Plan) -> str:
         ("memory allowed", f"{format_size(plan.allowed_bytes)}, {plan.allowed_origin}"),
         ("memory reserved", f"{format_size(plan.reserved_bytes)} for the process itself"),
         ("memory projected", f"{format_size(plan.projected_bytes)} at most"),
+        ("merged matrix", _kept(plan)),
         ("arithmetic", f"{sum(task.flops for task in plan.tasks) / 1e9:.2f} Gflop"),
     ]
     return "\n".join(f"{name:<17} {value}" for name, value in rows)
@@ -63,6 +64,23 @@ def _counts(counts: Counter[Any]) -> str:
     if len(counts) == 1:
         return str(next(iter(counts)))
     return ", ".join(f"{value} ({count} targets)" for value, count in counts.most_common(6))
+
+
+def _kept(plan: Plan) -> str:
+    """Say where the tiles of merged matrices are kept between the passes over them."""
+    from streammerge.plans import row_tiles
+
+    streamed = [task for task in plan.tasks if task.route == "krylov"]
+    if not streamed:
+        return "never formed tile by tile more than once"
+    tiles = {task: len(row_tiles(task.m, task.n)) for task in streamed}
+    held = sum(task.resident for task in streamed)
+    spilled = sum(task.spilled for task in streamed)
+    made = sum(tiles.values()) - held - spilled
+    return (
+        f"{sum(tiles.values())} tiles in {len(streamed)} targets: {held} held in memory, "
+        f"{spilled} on scratch, {made} made again in each pass"
+    )
 
 
 def _largest(plan: Plan) -> str:

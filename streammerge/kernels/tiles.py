@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -91,16 +92,36 @@ def keep_random(x: torch.Tensor, key: int, start: int, density: float) -> torch.
     return x.div_(density).mul_((bits < keep_limit(density)).view(x.shape))
 
 
-def keep_resident(tile_at: TileAt, count: int) -> TileAt:
-    """Return `tile_at`, holding on to the first `count` tiles once they are made."""
-    held: dict[int, torch.Tensor] = {}
+class TileStore(Protocol):
+    """Somewhere to put tiles that do not fit into memory."""
 
-    def resident(t: int) -> torch.Tensor:
+    def put(self, t: int, tile: torch.Tensor) -> None:
+        """Store tile `t`."""
+
+    def get(self, t: int) -> torch.Tensor:
+        """Return tile `t` as it was stored."""
+
+
+def hold_tiles(tile_at: TileAt, count: int, store: TileStore | None, stored: int) -> TileAt:
+    """Return `tile_at`, making some tiles only once.
+
+    The first `count` are held in memory, the next `stored` are put into the store; the others
+    are made again each time.
+    """
+    held: dict[int, torch.Tensor] = {}
+    put: set[int] = set()
+
+    def tile(t: int) -> torch.Tensor:
         if t in held:
             return held[t]
-        tile = tile_at(t)
+        if store is not None and t in put:
+            return store.get(t)
+        made = tile_at(t)
         if t < count:
-            held[t] = tile
-        return tile
+            held[t] = made
+        elif store is not None and t < count + stored:
+            store.put(t, made)
+            put.add(t)
+        return made
 
-    return resident
+    return tile

@@ -1,10 +1,11 @@
-"""The truncated SVD of a merged matrix that exists only as tiles of rows."""
+"""The truncated SVD of a merged matrix that is never held as a whole."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -25,109 +26,233 @@ MIN_PASSES = 3
 """Fewer blocks give no certificate worth its name: the residuals need a space to show in."""
 
 
+class Matrix(Protocol):
+    """A merged matrix M, m × n, as something to multiply with."""
+
+    def images(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return M·block and Mᵀ·M·block for an n × b block."""
+
+    def outside(self, space: Space) -> float:
+        """Return the energy of M that a space does not hold: ‖M - M·V·Vᵀ‖²_F."""
+
+
 def dense(tile_at: TileAt, rows: Spans, rank: int) -> Truncation:
     """Return the leading `rank` triples from the matrix as a whole; for one small side."""
-    return truncate_matrix(torch.cat([tile_at(t) for t in range(len(rows))]), rank)
+    first = tile_at(0)
+    matrix = first.new_empty(rows[-1][1], first.shape[1])
+    for t, (top, bottom) in enumerate(rows):
+        matrix[top:bottom] = tile_at(t) if t else first
+    del first
+    return truncate_matrix(matrix, rank)
 
 
-def block_krylov(
-    tile_at: TileAt, rows: Spans, rank: int, start: torch.Tensor, passes: int
-) -> Truncation:
+def block_krylov(matrix: Matrix, rank: int, start: torch.Tensor, passes: int) -> Truncation:
     """Return the leading `rank` triples of M by block Krylov iteration on MᵀM.
 
-    Each pass goes once over the tiles: W_j = M·V_j and Z_j = Mᵀ·W_j, and V_{j+1} is Z_j with all
-    earlier blocks taken out. On the basis so far W gives the singular values (Rayleigh-Ritz),
-    and Z the residuals of the Ritz pairs without another pass. (Musco and Musco 2015,
-    arXiv 1504.05477; Tropp and Webber 2023, arXiv 2306.12418.)
+    Each pass takes W = M·V_j and Z = Mᵀ·W. W extends a basis U with M·V = U·T, whose SVD gives
+    the singular values (Rayleigh-Ritz); what Z adds to the basis V is the next block V_{j+1}·C,
+    and C gives the residuals without another pass. (Golub and Kahan 1965, by blocks, fully
+    reorthogonalised; Musco and Musco 2015, arXiv 1504.05477; Tropp and Webber 2023, arXiv
+    2306.12418.)
 
     Args:
-        tile_at: M's tiles of rows, h × n.
-        rows: each tile's range of rows, in order.
+        matrix: M.
         rank: triples wanted.
         start: n × block, the Gaussian start.
         passes: blocks at most; later ones are skipped once the certificate holds.
     """
-    space = _Space.empty(rows[-1][1], start, passes)
-    block = torch.linalg.qr(start).Q
-    result = None
+    space = Space(right=Basis([torch.linalg.qr(start).Q]), left=Basis([]))
     for done in range(1, passes + 1):
-        energy = space.go_over(tile_at, rows, block, first=done == 1)
-        if done >= min(MIN_PASSES, passes):
-            result = space.ritz(rank, energy, done)
-            if result.converged or done == passes:
-                break
-        block = space.next_block()
-    assert result is not None, "at least one pass is planned"
+        coupling = space.grow(matrix)
+        if done < min(MIN_PASSES, passes):
+            continue
+        result = _ritz(space, coupling, rank, matrix.outside(space))
+        if result.converged:
+            break
     return result
 
 
-@dataclass
-class _Space:
-    """The Krylov basis V, its image W = M·V, and Z = Mᵀ·W, in the columns used so far."""
+class TiledMatrix:
+    """A matrix that is given as tiles of rows, h × n; one pass goes over them once."""
 
-    v: torch.Tensor
-    w: torch.Tensor
-    z: torch.Tensor
-    used: int = 0
-    block: int = 0
-    energy: float = 0.0
+    def __init__(self, tile_at: TileAt, rows: Spans) -> None:
+        self._tile_at = tile_at
+        self._rows = rows
+        self._energy: float | None = None
 
-    @classmethod
-    def empty(cls, m: int, start: torch.Tensor, passes: int) -> _Space:
-        n, block = start.shape
-        v, z = (start.new_empty(n, block * passes) for _ in range(2))
-        return cls(v=v, w=start.new_empty(m, block * passes), z=z, block=block)
-
-    def go_over(self, tile_at: TileAt, rows: Spans, block: torch.Tensor, *, first: bool) -> float:
-        """Add a block to the basis, with its images, in one pass; return ‖M‖²."""
-        columns = slice(self.used, self.used + self.block)
-        image = torch.zeros_like(block)
-        for t, (top, bottom) in enumerate(rows):
-            tile = tile_at(t)
+    def images(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return M·block and Mᵀ·M·block; the first pass also takes ‖M‖²."""
+        image = block.new_empty(self._rows[-1][1], block.shape[1])
+        back = torch.zeros_like(block)
+        squares = 0.0
+        for t, (top, bottom) in enumerate(self._rows):
+            tile = self._tile_at(t)
             part = tile @ block
-            image.addmm_(tile.mT, part)
-            self.w[top:bottom, columns] = part
-            if first:
-                self.energy += squared_norm(tile)
-        self.v[:, columns], self.z[:, columns] = block, image
-        self.used += self.block
-        return self.energy
+            back.addmm_(tile.mT, part)
+            image[top:bottom] = part
+            if self._energy is None:
+                squares += squared_norm(tile)
+        if self._energy is None:
+            self._energy = squares
+        return image, back
 
-    def next_block(self) -> torch.Tensor:
-        """Return the newest image with the basis taken out, orthonormal."""
-        basis = self.v[:, : self.used]
-        block = self.z[:, self.used - self.block : self.used].clone()
-        # Twice before and once after the QR: where M's rank is used up, what is left is rounding,
-        # and its directions have to be orthogonal all the same.
+    def outside(self, space: Space) -> float:
+        """Return ‖M‖² - ‖T‖²; exact to rounding."""
+        assert self._energy is not None, "a pass has been made"
+        return max(0.0, self._energy - float(space.triangle.square().sum()))
+
+
+@dataclass(frozen=True)
+class Addend:
+    """One weighted product of factors, q·B·A, read by ranges of rows."""
+
+    q: float
+    a_rows: Callable[[int, int], torch.Tensor]
+    a_tiles: Spans
+    b_rows: Callable[[int, int], torch.Tensor]
+    b_tiles: Spans
+
+
+class FactorSum:
+    """M = Σ q_i·B_i·A_i, from the factors alone, one adapter after another.
+
+    A pass goes over all factors twice. What a basis misses is estimated with Gaussian probes g
+    that ride along in the first pass: E‖M·(I - V·Vᵀ)·g‖² = ‖M·(I - V·Vᵀ)‖²_F. (Hutchinson's
+    estimator on what the basis leaves, as in Meyer et al. 2021, arXiv 2010.09649.)
+    """
+
+    def __init__(self, addends: Sequence[Addend], m: int, probes: torch.Tensor) -> None:
+        self._addends = addends
+        self._m = m
+        self._probes = probes
+        self._probed: torch.Tensor | None = None
+
+    def images(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return M·block and Mᵀ·M·block; the first pass also takes the probes' images."""
+        width = block.shape[1]
+        if self._probed is None:
+            image = self._image(torch.cat([block, self._probes], dim=1))
+            self._probed, image = (image[:, width:].clone(), image[:, :width].contiguous())
+        else:
+            image = self._image(block)
+        return image, self._back(image)
+
+    def outside(self, space: Space) -> float:
+        """Return the estimate from the probes."""
+        assert self._probed is not None, "a pass has been made"
+        inside = torch.cat([block.mT @ self._probes for block in space.explored])
+        rest = self._probed - space.left.combine(space.triangle @ inside.double())
+        return squared_norm(rest) / rest.shape[1]
+
+    def _image(self, block: torch.Tensor) -> torch.Tensor:
+        image = block.new_zeros(self._m, block.shape[1])
+        for addend in self._addends:
+            inner = torch.cat([addend.a_rows(*rows) @ block for rows in addend.a_tiles])
+            for top, bottom in addend.b_tiles:
+                image[top:bottom].addmm_(addend.b_rows(top, bottom), inner, alpha=addend.q)
+        return image
+
+    def _back(self, image: torch.Tensor) -> torch.Tensor:
+        back = image.new_zeros(self._probes.shape[0], image.shape[1])
+        for addend in self._addends:
+            inner: torch.Tensor | None = None
+            for top, bottom in addend.b_tiles:
+                part = addend.b_rows(top, bottom).mT @ image[top:bottom]
+                inner = part if inner is None else inner.add_(part)
+            assert inner is not None, "a factor has at least one tile"
+            for top, bottom in addend.a_tiles:
+                back.addmm_(addend.a_rows(top, bottom).mT, inner[top:bottom], alpha=addend.q)
+        return back
+
+
+@dataclass
+class Basis:
+    """Orthonormal columns, in blocks."""
+
+    blocks: list[torch.Tensor]
+
+    def extend(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add what `block` has outside the basis, as a new block; `block` is used up.
+
+        Returns:
+            The coefficients C and R with block = basis·C + new·R, in float64.
+        """
+        width = block.shape[1]
+        inside = block.new_zeros(len(self.blocks) * width, width, dtype=torch.float64)
+        # Twice, for one pass leaves a part of the size of rounding times what was taken out.
         for _ in range(2):
-            block -= basis @ (basis.mT @ block)
-        block = torch.linalg.qr(block).Q
-        block -= basis @ (basis.mT @ block)
-        orthonormal: torch.Tensor = torch.linalg.qr(block).Q
-        return orthonormal
+            inside += self._take_out(block)
+        outside, triangle = torch.linalg.qr(block)
+        # Where M's rank is used up the block is rounding, and the QR has made it large: what the
+        # basis holds of it is taken out again. These directions carry no weight (R is tiny).
+        self._take_out(outside)
+        self.blocks.append(torch.linalg.qr(outside).Q)
+        return inside, self.blocks[-1].mT.double() @ outside.double() @ triangle.double()
 
-    def ritz(self, rank: int, energy: float, passes: int) -> Truncation:
-        """Return the best triples in the basis, with their certificate."""
-        v, w, z = (x[:, : self.used] for x in (self.v, self.w, self.z))
-        q, r = torch.linalg.qr(w)
-        left, s, right = torch.linalg.svd(r.double(), full_matrices=False)
-        theta, weights = s.square(), right[:rank].mT.to(v.dtype)
-        vectors = v @ weights
-        residual = z @ weights - vectors * theta[:rank].to(v.dtype)
-        found = Truncation(
-            u=q @ left[:, :rank].to(q.dtype), s=s[:rank], v=vectors, energy=energy, passes=passes
-        )
-        norms = residual.double().square().sum(0)
-        missed, pair_error = estimate_errors(theta, norms)
-        return Truncation(
-            u=found.u,
-            s=found.s,
-            v=found.v,
-            energy=energy,
-            missed=missed,
-            passes=passes,
-            converged=is_converged(found, missed, pair_error, theta),
-        )
+    def _take_out(self, block: torch.Tensor) -> torch.Tensor:
+        """Subtract from `block`, in place, its part inside the basis; return the coefficients."""
+        taken = []
+        for known in self.blocks:
+            part = known.mT @ block
+            block.addmm_(known, part, alpha=-1)
+            taken.append(part.double())
+        return torch.cat(taken) if taken else block.new_zeros(0, block.shape[1]).double()
+
+    def combine(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return basis·weights; weights may have fewer rows than the basis has columns."""
+        width = self.blocks[0].shape[1]
+        total = self.blocks[0].new_zeros(self.blocks[0].shape[0], weights.shape[1])
+        for block, part in zip(self.blocks, torch.split(weights, width), strict=False):
+            total.addmm_(block, part.to(block.dtype))
+        return total
+
+
+class Space:
+    """A Krylov space: bases V and U, and the triangle T with M·V = U·T (float64).
+
+    V is one block ahead: the newest has no image yet.
+    """
+
+    def __init__(self, right: Basis, left: Basis) -> None:
+        self.right = right
+        self.left = left
+        self.triangle = right.blocks[0].new_empty(0, 0, dtype=torch.float64)
+
+    @property
+    def explored(self) -> list[torch.Tensor]:
+        """The blocks of V that have an image."""
+        return self.right.blocks[: len(self.left.blocks)]
+
+    def grow(self, matrix: Matrix) -> torch.Tensor:
+        """Take one more pass; return how V's new block C continues it, Mᵀ·M·V_j = V·… + C·this."""
+        image, back = matrix.images(self.right.blocks[-1])
+        inside, diagonal = self.left.extend(image)
+        below = inside.new_zeros(diagonal.shape[0], self.triangle.shape[1])
+        above = torch.cat([self.triangle, inside], dim=1)
+        self.triangle = torch.cat([above, torch.cat([below, diagonal], dim=1)])
+        return self.right.extend(back)[1]
+
+
+def _ritz(space: Space, coupling: torch.Tensor, rank: int, outside: float) -> Truncation:
+    """Return the best triples in the space, with their certificate.
+
+    With T = P·Σ·Cᵀ the Ritz pairs of MᵀM are (σ², V·c), and their residuals lie in the newest
+    block: MᵀM·V·c - σ²·V·c = V_{j+1}·coupling·(last block of c).
+    """
+    p, s, c = torch.linalg.svd(space.triangle)
+    norms = (coupling @ c[:rank, -coupling.shape[1] :].mT).square().sum(0)
+    theta = s.square()
+    energy = outside + float(theta.sum())
+    missed, pair_error = estimate_errors(theta, norms)
+    return Truncation(
+        u=space.left.combine(p[:, :rank]),
+        s=s[:rank],
+        v=space.right.combine(c[:rank].mT),
+        energy=energy,
+        missed=missed,
+        passes=len(space.left.blocks),
+        converged=is_converged(theta, rank, energy, missed, pair_error),
+    )
 
 
 def estimate_errors(theta: torch.Tensor, norms: torch.Tensor) -> tuple[float, float]:
@@ -151,20 +276,30 @@ def estimate_errors(theta: torch.Tensor, norms: torch.Tensor) -> tuple[float, fl
     return float(missed), math.sqrt(float(pair))
 
 
-def is_converged(found: Truncation, missed: float, pair_error: float, theta: torch.Tensor) -> bool:
+def is_converged(
+    theta: torch.Tensor, rank: int, energy: float, missed: float, pair_error: float
+) -> bool:
     """Return whether the certificate holds.
 
     The residual's norm must be within 1e-4 of the best possible, or be rounding. Where σ_R stands
     clear of σ_{R+1} the best approximation is unique, and the pair itself is brought close to it.
+
+    Args:
+        theta: squared Ritz values, falling.
+        rank: how many are kept.
+        energy: ‖M‖²_F.
+        missed: as `estimate_errors` gives it.
+        pair_error: as `estimate_errors` gives it.
     """
-    rank = len(found.s)
-    if found.lost <= ZERO_TOLERANCE**2 * found.energy:
+    kept = float(theta[:rank].sum())
+    lost = max(0.0, energy - kept)
+    if lost <= ZERO_TOLERANCE**2 * energy:
         return True
-    if residual_excess(missed, found.lost) > ENERGY_TOLERANCE:
+    if residual_excess(missed, lost) > ENERGY_TOLERANCE:
         return False
     following = float(theta[rank]) if len(theta) > rank else 0.0
     clear = float(theta[rank - 1]) >= GAP**2 * following
-    return not clear or pair_error <= PAIR_TOLERANCE * math.sqrt(float(theta[:rank].sum()))
+    return not clear or pair_error <= PAIR_TOLERANCE * math.sqrt(kept)
 
 
 def squared_norm(tile: torch.Tensor) -> float:

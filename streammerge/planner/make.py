@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,30 +14,17 @@ from streammerge.budget import Budget, format_size
 from streammerge.catalog import METHODS, RULES, SPACES, RuleSpec, SpaceSpec
 from streammerge.errors import BudgetError, ExtraTensorsError, IncompatibleError, RecipeError
 from streammerge.planner.align import Alignment, Group, align, check_shapes, gather
+from streammerge.planner.cost import arithmetic, prefers_scratch
 from streammerge.planner.layout import Pair, lay_out
-from streammerge.planner.memory import (
-    Shape,
-    arithmetic,
-    largest_resident,
-    project,
-    tile_bytes,
-)
+from streammerge.planner.memory import Holding, factor_bytes, project, tile_bytes
 from streammerge.planner.output_config import output_config
+from streammerge.planner.routes import Course, Shape, choose_course
 from streammerge.planner.scaling import scalings
-from streammerge.plans import Plan, Region, Route, Sources, Task, row_tiles
+from streammerge.plans import Plan, Region, Sources, Task, row_tiles
 from streammerge.recipe import Recipe
 
 TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ITEM_BYTES = {TORCH_DTYPES[name]: size for name, size in DTYPE_BYTES.items()}
-
-OVERSAMPLING = 8
-"""Columns of a Krylov block beyond the rank: the more, the fewer passes."""
-
-KRYLOV_PASSES = 10
-"""Passes planned at most."""
-
-DENSE_SIDE = 256
-"""A merged matrix with a side up to this is decomposed as a whole."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +33,25 @@ class _Draft:
 
     group: Group
     shape: Shape
-    route: Route
-    block: int
-    passes: int
+    course: Course
 
 
-def make_plan(adapters: Sequence[Adapter], recipe: Recipe, budget: Budget) -> Plan:
+def make_plan(
+    adapters: Sequence[Adapter],
+    recipe: Recipe,
+    budget: Budget,
+    *,
+    io: str = "mmap",
+    scratch: str | None = None,
+) -> Plan:
     """Plan a merge from the manifests alone.
 
     Args:
         adapters: their manifests, in the recipe's order, over one name table.
         recipe: what was asked for.
         budget: allowed memory, and how many tasks may be in flight.
+        io: how inputs are read.
+        scratch: directory for tiles that do not fit into memory.
 
     Raises:
         RefusedError: a subclass of it says why the merge cannot be done.
@@ -70,14 +64,15 @@ def make_plan(adapters: Sequence[Adapter], recipe: Recipe, budget: Budget) -> Pl
     dtype = output_dtype(adapters, alignment, recipe.dtype)
     shapes = _shapes(adapters, alignment, recipe, space, dtype)
     drafts = [
-        _Draft(group, shape, *choose_route(rule, space, shape))
+        _Draft(group, shape, choose_course(rule, space, shape))
         for group, shape in zip(alignment.groups, shapes, strict=True)
     ]
     pairs = [_pair(adapters, alignment, draft) for draft in drafts]
     files, regions = lay_out(pairs, ITEM_BYTES[dtype], recipe.max_shard_bytes)
     budget = fit(drafts, rule, budget)
     tasks = tuple(
-        _task(draft, rule, budget, *places) for draft, places in zip(drafts, regions, strict=True)
+        _task(draft, rule, budget, scratch, places)
+        for draft, places in zip(drafts, regions, strict=True)
     )
     config, settled = output_config(adapters, {pair.target: pair.rank for pair in pairs})
     return Plan(
@@ -93,6 +88,8 @@ def make_plan(adapters: Sequence[Adapter], recipe: Recipe, budget: Budget) -> Pl
         allowed_origin=budget.origin,
         reserved_bytes=budget.reserved_bytes,
         concurrency=budget.threads,
+        io=io,
+        scratch=scratch,
         notices=(*notices, *settled, *_partial_targets(adapters, alignment)),
     )
 
@@ -201,11 +198,7 @@ def output_dtype(adapters: Sequence[Adapter], alignment: Alignment, asked: str) 
 
 
 def _shapes(
-    adapters: Sequence[Adapter],
-    alignment: Alignment,
-    recipe: Recipe,
-    space: SpaceSpec,
-    dtype: str,
+    adapters: Sequence[Adapter], alignment: Alignment, recipe: Recipe, space: SpaceSpec, dtype: str
 ) -> Iterator[Shape]:
     """Yield the shape of every group's task."""
     m, n, rank = (gather(adapters, alignment, column) for column in ("m", "n", "rank"))
@@ -225,6 +218,7 @@ def _shapes(
             rank=_output_rank(space, ranks, min(asked, height, width)),
             ranks=ranks,
             source_bytes=int(stored[rows].sum()),
+            stored_item=int(max(a_item[rows].max(), b_item[rows].max())),
             item=ITEM_BYTES[recipe.compute_dtype],
             out_item=ITEM_BYTES[dtype],
         )
@@ -236,24 +230,6 @@ def _output_rank(space: SpaceSpec, ranks: tuple[int, ...], asked: int) -> int:
     return ranks[0] if space.equal_ranks else sum(ranks)
 
 
-def choose_route(rule: RuleSpec, space: SpaceSpec, shape: Shape) -> tuple[Route, int, int]:
-    """Return the route, and on the Krylov route the block's columns and the planned passes.
-
-    Shape, rule and space alone decide, for the route decides the rounding.
-    """
-    if space.name == "exact":
-        return "concatenate", 0, 0
-    if space.name == "factor":
-        return "fold", 0, 0
-    if rule.name == "linear":
-        return "core", 0, 0
-    small = min(shape.m, shape.n)
-    block = shape.rank + OVERSAMPLING
-    if small <= max(DENSE_SIDE, 4 * block):
-        return "dense", 0, 0
-    return "krylov", block, min(KRYLOV_PASSES, small // block)
-
-
 def fit(drafts: Sequence[_Draft], rule: RuleSpec, budget: Budget) -> Budget:
     """Return the budget with as many tasks in flight as all tasks allow.
 
@@ -263,7 +239,7 @@ def fit(drafts: Sequence[_Draft], rule: RuleSpec, budget: Budget) -> Budget:
     needs = [_least(draft, rule) for draft in drafts]
     worst = max(range(len(drafts)), key=needs.__getitem__)
     for threads in range(min(budget.threads, len(drafts)), 0, -1):
-        fitted = Budget(budget.allowed_bytes, budget.origin, threads)
+        fitted = replace(budget, threads=threads)
         if needs[worst] <= fitted.task_bytes:
             return fitted
     smallest = needs[worst] + fitted.reserved_bytes
@@ -279,15 +255,21 @@ def fit(drafts: Sequence[_Draft], rule: RuleSpec, budget: Budget) -> Budget:
 
 
 def _least(draft: _Draft, rule: RuleSpec) -> int:
-    return project(draft.route, rule, draft.shape, block=draft.block, passes=draft.passes)
+    return project(draft.course, rule, draft.shape, Holding())
 
 
-def _task(draft: _Draft, rule: RuleSpec, budget: Budget, a: Region, b: Region) -> Task:
-    shape, route = draft.shape, draft.route
-    resident = 0
-    if route in ("dense", "krylov"):
-        room = budget.task_bytes - _least(draft, rule)
-        resident = largest_resident(len(row_tiles(shape.m, shape.n)), room, tile_bytes(shape))
+def _task(
+    draft: _Draft,
+    rule: RuleSpec,
+    budget: Budget,
+    scratch: str | None,
+    places: tuple[Region, Region],
+) -> Task:
+    shape, course, (a, b) = draft.shape, draft.course, places
+    holding = _hold(draft, rule, budget.task_bytes)
+    spilled = 0
+    if course.route == "krylov" and scratch and prefers_scratch(rule, shape):
+        spilled = len(row_tiles(shape.m, shape.n)) - holding.tiles
     return Task(
         target=draft.group.target,
         m=shape.m,
@@ -295,19 +277,35 @@ def _task(draft: _Draft, rule: RuleSpec, budget: Budget, a: Region, b: Region) -
         rank=shape.rank,
         first=draft.group.first,
         last=draft.group.last,
-        route=route,
-        resident=resident,
-        block=draft.block,
-        passes=draft.passes,
+        route=course.route,
+        resident=holding.tiles,
+        spilled=spilled,
+        factors=holding.factors,
+        block=course.block,
+        passes=course.passes,
         read_bytes=shape.source_bytes,
         write_bytes=a.nbytes + b.nbytes,
-        projected_bytes=project(
-            route, rule, shape, resident=resident, block=draft.block, passes=draft.passes
-        ),
-        flops=arithmetic(route, rule, shape, draft.block, draft.passes),
+        projected_bytes=project(course, rule, shape, holding),
+        flops=arithmetic(course, rule, shape),
         a=a,
         b=b,
     )
+
+
+def _hold(draft: _Draft, rule: RuleSpec, task_bytes: int) -> Holding:
+    """Return what a streamed task keeps in memory: first A's, then tiles, as many as fit."""
+    shape = draft.shape
+    if draft.course.route not in ("dense", "krylov"):
+        return Holding()
+    room = task_bytes - _least(draft, rule)
+    factors = 0
+    while factors < len(shape.ranks) and factor_bytes(shape, factors + 1) <= room:
+        factors += 1
+    if draft.course.route == "dense":
+        # Each tile is made once for the matrix, which is held as a whole.
+        return Holding(factors=factors)
+    room -= factor_bytes(shape, factors)
+    return Holding(min(len(row_tiles(shape.m, shape.n)), room // tile_bytes(shape)), factors)
 
 
 def _pair(adapters: Sequence[Adapter], alignment: Alignment, draft: _Draft) -> Pair:

@@ -1,7 +1,7 @@
 """What a task holds at most: the one formula, in bytes, above what the process has reserved.
 
-Every buffer of a route is a term here. `docs/memory.md` holds the projections against what was
-measured.
+Every buffer of a route is a term here, in the order in which the worker makes them.
+`docs/memory.md` holds the projections against what was measured.
 """
 
 from __future__ import annotations
@@ -9,135 +9,118 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streammerge.catalog import RuleSpec
-from streammerge.plans import Route, flat_tiles, row_tiles
+from streammerge.planner.routes import Course, Shape
+from streammerge.plans import factor_rows, flat_tiles, longest, row_tiles
 
 HISTOGRAM_BYTES = 65536 * 8
 """One count for each 16-bit digit."""
 
-SLACK_BYTES = 4 * 1024**2
-"""Allocator rounding and small tensors of a task."""
+SLACK_BYTES = 6 * 1024**2
+"""Allocator rounding, small tensors of a task, and pages of files at both ends of a window."""
+
+PAIR_COPIES = 4
+"""Output factors: as combined, balanced, as written and for the certificate."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What the formula needs to know about a task."""
+class Holding:
+    """How much of a streamed target is kept in memory instead of being made or read again."""
 
-    m: int
-    n: int
-    rank: int
-    """Of the output."""
-    ranks: tuple[int, ...]
-    """Of the sources."""
-    source_bytes: int
-    """Of all source factors, as stored."""
-    item: int
-    """Bytes of a number in the compute dtype."""
-    out_item: int
-    """Bytes of a number in the output."""
-
-    @property
-    def total_rank(self) -> int:
-        """Rows of all A's together."""
-        return sum(self.ranks)
+    tiles: int = 0
+    """Tiles of the merged matrix."""
+    factors: int = 0
+    """Sources whose A is kept, in the compute dtype."""
 
 
 def tile_bytes(shape: Shape) -> int:
     """Bytes of the largest tile of the merged matrix."""
-    return max(stop - start for start, stop in row_tiles(shape.m, shape.n)) * shape.n * shape.item
+    return longest(row_tiles(shape.m, shape.n)) * shape.n * shape.item
 
 
-def project(
-    route: Route,
-    rule: RuleSpec,
-    shape: Shape,
-    *,
-    resident: int = 0,
-    block: int = 0,
-    passes: int = 0,
-) -> int:
+def factor_bytes(shape: Shape, count: int) -> int:
+    """Bytes of the `count` first A's in the compute dtype."""
+    return sum(shape.ranks[:count]) * shape.n * shape.item
+
+
+def project(course: Course, rule: RuleSpec, shape: Shape, holding: Holding) -> int:
     """Return the bytes that a task holds at most."""
-    if route == "concatenate":
-        held = _concatenate(shape)
-    elif route == "fold":
-        held = _fold(rule, shape)
-    elif route == "core":
-        held = _core(shape)
-    else:
-        held = _streamed(rule, shape) + resident * tile_bytes(shape)
-        held += _dense(shape) if route == "dense" else _krylov(shape, block * passes)
-    return held + SLACK_BYTES
+    parts = {
+        "concatenate": lambda: _concatenate(shape),
+        "fold": lambda: _fold(rule, shape),
+        "core": lambda: _core(shape),
+        "sum": lambda: _sum(shape, course),
+        "dense": lambda: _streamed(rule, shape, holding) + _dense(shape),
+        "krylov": lambda: _streamed(rule, shape, holding) + _krylov(shape, course),
+    }
+    return parts[course.route]() + SLACK_BYTES
 
 
 def _concatenate(shape: Shape) -> int:
-    """One tile of A, or one tile of B's rows with all its parts: read, scaled, cast."""
-    widest = max(
-        stop - start
-        for side in (shape.total_rank * shape.n, shape.total_rank * shape.m)
-        for start, stop in flat_tiles(side)
+    """A tile of A: stored, converted, cast. Or some rows of B: the parts, joined, cast."""
+    elements = max(
+        longest(flat_tiles(rank * side)) for rank in shape.ranks for side in (shape.m, shape.n)
     )
-    rows = max(widest, shape.total_rank * 2)
-    return rows * (3 * shape.item + shape.out_item)
+    elements = max(elements, longest(factor_rows(shape.m, shape.total_rank)) * shape.total_rank)
+    return elements * (2 * shape.item + shape.stored_item + shape.out_item)
 
 
 def _fold(rule: RuleSpec, shape: Shape) -> int:
-    """The rule's buffers for one tile, the histogram of one threshold, the cast tile."""
-    elements = max(
-        stop - start
-        for side in (shape.rank * shape.n, shape.rank * shape.m)
-        for start, stop in flat_tiles(side)
+    """The rule's buffers for one tile, the incoming one stored and converted, the result cast."""
+    elements = max(longest(flat_tiles(shape.rank * side)) for side in (shape.m, shape.n))
+    return elements * (_rule_bytes(rule, shape) + shape.stored_item + shape.out_item) + _selection(
+        rule
     )
-    selection = HISTOGRAM_BYTES * 2 if rule.sparsity == "largest" else 0
-    return elements * ((rule.tile_buffers + 3) * shape.item + shape.out_item) + selection
 
 
 def _core(shape: Shape) -> int:
-    """The stacked factors, their QR (copy, Q and workspace), the core, and the pair."""
+    """The stacked factors and Q of the first QR, then those of the second; the core; the pair."""
     k = shape.total_rank
-    stacked = (shape.m + shape.n) * k * shape.item
-    side = min(k, shape.m) * min(k, shape.n) * 8 * 4
-    return 3 * stacked + side + _pair(shape)
+    stack_b, stack_a = shape.m * k * shape.item, shape.n * k * shape.item
+    largest = max(shape.ranks)
+    reading = largest * max(shape.m, shape.n) * (shape.item + shape.stored_item)
+    core = 6 * min(k, shape.m) * min(k, shape.n) * 8
+    return stack_a + stack_b + 2 * max(stack_a, stack_b) + max(reading, core) + _pair(shape)
 
 
-def _streamed(rule: RuleSpec, shape: Shape) -> int:
-    """All A's in the compute dtype, and the buffers of a tile in the making."""
-    factors = shape.total_rank * shape.n * shape.item
-    selection = 2 * HISTOGRAM_BYTES if rule.sparsity == "largest" else 0
-    return factors + (rule.tile_buffers + 4) * tile_bytes(shape) + selection
+def _sum(shape: Shape, course: Course) -> int:
+    """The basis, a block's images, and a tile of one factor, stored and converted."""
+    elements = max(longest(factor_rows(rank, shape.n)) * shape.n for rank in shape.ranks)
+    elements = max(elements, *(longest(factor_rows(shape.m, rank)) * rank for rank in shape.ranks))
+    images = max(shape.ranks) * course.block * shape.item
+    return elements * (shape.item + shape.stored_item) + images + _krylov(shape, course)
+
+
+def _streamed(rule: RuleSpec, shape: Shape, holding: Holding) -> int:
+    """What is kept, one more A as it is read, and the buffers of a tile in the making."""
+    rows, rank = longest(row_tiles(shape.m, shape.n)), max(shape.ranks)
+    incoming = rank * (shape.n + rows) * (shape.item + shape.stored_item)
+    tile = rows * shape.n * (_rule_bytes(rule, shape) + shape.item)
+    kept = holding.tiles * tile_bytes(shape) + factor_bytes(shape, holding.factors)
+    return kept + incoming + tile + _selection(rule)
+
+
+def _rule_bytes(rule: RuleSpec, shape: Shape) -> int:
+    """Bytes that a rule holds for each element of a tile; random bits are 64-bit integers."""
+    return rule.tile_buffers * shape.item + (24 if rule.needs_seed else 0)
+
+
+def _selection(rule: RuleSpec) -> int:
+    return 4 * HISTOGRAM_BYTES if rule.sparsity == "largest" else 0
 
 
 def _dense(shape: Shape) -> int:
-    """The merged matrix in float64, LAPACK's copy and its thin factors."""
-    small = min(shape.m, shape.n)
-    return (shape.m * shape.n * 3 + small * (shape.m + shape.n)) * 8 + _pair(shape)
+    """The merged matrix, its QR, and the SVD of what is left, in float64."""
+    small = shape.small
+    return 3 * shape.m * shape.n * shape.item + 8 * small * small * 8 + _pair(shape)
 
 
-def _krylov(shape: Shape, columns: int) -> int:
-    """Basis, its images under M and MᵀM, and the QR of the former."""
-    basis = (2 * shape.n + 3 * shape.m) * columns * shape.item
-    return basis + columns * columns * 8 * 4 + _pair(shape)
+def _krylov(shape: Shape, course: Course) -> int:
+    """Both bases, the newest images as they are made and orthogonalised, and the triangle."""
+    columns = course.block * course.passes
+    bases = (shape.m * columns + shape.n * (columns + course.block)) * shape.item
+    newest = 3 * (shape.m + shape.n) * course.block * shape.item
+    return bases + newest + 8 * columns * columns * 8 + _pair(shape)
 
 
 def _pair(shape: Shape) -> int:
-    """A and B: before balancing, after it, cast, and as the certificate sees them."""
-    return (shape.m + shape.n) * shape.rank * (3 * shape.item + shape.out_item + 8)
-
-
-def largest_resident(tiles: int, room: int, one: int) -> int:
-    """Return how many of `tiles` tiles of `one` bytes fit into `room` bytes."""
-    return max(0, min(tiles, room // one))
-
-
-def arithmetic(route: Route, rule: RuleSpec, shape: Shape, block: int, passes: int) -> int:
-    """Return the floating-point operations of a task, about."""
-    m, n, k = shape.m, shape.n, shape.total_rank
-    if route == "concatenate":
-        return k * (m + n)
-    if route == "fold":
-        return (rule.operations + 2) * k * (m + n)
-    if route == "core":
-        return 4 * (m + n) * k * k + 20 * min(k, m, n) ** 3
-    values = m * n * (2 * k + rule.operations * len(shape.ranks))
-    selection = 2 * m * n * (2 * k + 4 * len(shape.ranks)) if rule.sparsity == "largest" else 0
-    if route == "dense":
-        return values + selection + 10 * m * n * min(m, n)
-    return values * rule.sweeps + selection + passes * 4 * m * n * block
+    return (shape.m + shape.n) * shape.rank * (PAIR_COPIES * shape.item + shape.out_item + 16)

@@ -51,7 +51,7 @@ def _no_config(adapter: Adapter, policy: str | float | None) -> UnknownScalingEr
 
 
 def _rank_unexplained(adapter: Adapter, row: int) -> UnknownScalingError:
-    declared, found = int(adapter.columns.declared_rank[row]), int(adapter.columns.rank[row])
+    declared, found = (int(adapter.columns.declared_rank[row]), int(adapter.columns.rank[row]))
     alpha = adapter.columns.alpha[row]
     return UnknownScalingError(
         f"has rank {found}, but the config says {declared} and no rank_pattern explains it, so "

@@ -149,7 +149,7 @@ def _metadata(path: Path, metadata: Any) -> dict[str, str]:
 def _entries(path: Path, fields: dict[str, Any], start: int) -> Iterator[Entry]:
     for name, facts in fields.items():
         try:
-            dtype, shape, (low, high) = facts["dtype"], facts["shape"], facts["data_offsets"]
+            dtype, shape, (low, high) = (facts["dtype"], facts["shape"], facts["data_offsets"])
             numbers = (*shape, low, high)
             sound = all(type(number) is int and number >= 0 for number in numbers)
         except (KeyError, TypeError, ValueError):

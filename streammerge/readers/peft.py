@@ -25,11 +25,7 @@ from streammerge.adapter import (
     Columns,
     NameTable,
 )
-from streammerge.errors import (
-    CorruptFileError,
-    MissingFileError,
-    UnsupportedAdapterError,
-)
+from streammerge.errors import CorruptFileError, MissingFileError, UnsupportedAdapterError
 from streammerge.readers.config import CONFIG_NAME, read_config
 from streammerge.readers.header import Entry, Header, read_header
 from streammerge.readers.patterns import Value, pattern_lookup
@@ -122,9 +118,7 @@ def _shards(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def _pair_up(
-    places: list[Place],
-) -> tuple[dict[tuple[str, str], dict[str, Place]], list[str]]:
+def _pair_up(places: list[Place]) -> tuple[dict[tuple[str, str], dict[str, Place]], list[str]]:
     """Sort tensors into {(target, prefix): {"A": …, "B": …}}, and the rest."""
     pairs: dict[tuple[str, str], dict[str, Place]] = {}
     extras: list[str] = []

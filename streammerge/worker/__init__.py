@@ -1,7 +1,15 @@
 """The worker: the one place that holds bytes and maths together, and that touches a device."""
 
-from streammerge.worker.job import Job, fingerprint, one_thread_each
+from streammerge.worker.job import Job, fingerprint, measure_process, one_thread_each
 from streammerge.worker.receipt import Certificate, Receipt
 from streammerge.worker.run import run_task
 
-__all__ = ["Certificate", "Job", "Receipt", "fingerprint", "one_thread_each", "run_task"]
+__all__ = [
+    "Certificate",
+    "Job",
+    "Receipt",
+    "fingerprint",
+    "measure_process",
+    "one_thread_each",
+    "run_task",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,24 +15,22 @@ from streammerge.adapter import Factor
 from streammerge.draw import stream_key
 from streammerge.errors import NonFiniteError
 from streammerge.plans import Task
-from streammerge.readers.mapped import MappedFiles
+from streammerge.readers.windows import Window
 from streammerge.worker.job import Job
 
-_STORED = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class FactorReader:
     """One factor of one adapter: elements in the compute dtype, checked, hashed on the way."""
 
-    def __init__(self, files: MappedFiles, factor: Factor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, window: Window, factor: Factor, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.factor = factor
-        self._files = files
+        self._window = window
         self._dtype = dtype
+        self._device = device
         self._stored = _STORED[factor.dtype]
         self._hash = xxhash.xxh3_128()
         self._hashed = 0
@@ -44,7 +43,7 @@ class FactorReader:
         """
         size = self._stored.itemsize
         offset, nbytes = self.factor.offset + start * size, (stop - start) * size
-        window = self._files.window(self.factor.file, offset, nbytes)
+        window = self._window(self.factor.file, offset, nbytes)
         if start == self._hashed:
             self._hash.update(window.data)
             self._hashed = stop
@@ -52,12 +51,22 @@ class FactorReader:
         # A sum is finite only if all its terms are; it may overflow without them, hence the look.
         if not torch.isfinite(values.sum()):
             self._refuse_non_finite(values)
-        return values
+        return values.to(self._device)
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Return rows start … stop - 1 as a matrix; what follows the first dimension is one."""
-        width = self.factor.elements // self.factor.shape[0]
+        width = self.matrix_shape[1]
         return self.elements(start * width, stop * width).view(stop - start, width)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Rows and columns of the factor as a matrix."""
+        rows = self.factor.shape[0]
+        return rows, self.factor.elements // rows
+
+    def new_empty(self, shape: Sequence[int]) -> torch.Tensor:
+        """Return an uninitialised tensor of the dtype and on the device that are read to."""
+        return torch.empty(tuple(shape), dtype=self._dtype, device=self._device)
 
     def whole(self) -> torch.Tensor:
         """Return all of it as a matrix."""
@@ -81,8 +90,6 @@ def _view(window: npt.NDArray[np.uint8], dtype: torch.dtype) -> torch.Tensor:
     The one door for read-only maps: torch warns of any buffer that is not writable, and has no
     read-only tensors. The array stays alive with the tensor, being an attribute of its buffer.
     """
-    if window.nbytes == 0:
-        return torch.empty(0, dtype=dtype)
     if window.ctypes.data % dtype.itemsize:
         # Early safetensors files do not align their data.
         window = window.copy()
@@ -94,7 +101,7 @@ def _view(window: npt.NDArray[np.uint8], dtype: torch.dtype) -> torch.Tensor:
 class Sources:
     """The factors that take part in one target, in the adapters' order."""
 
-    def __init__(self, job: Job, task: Task) -> None:
+    def __init__(self, job: Job, task: Task, device: torch.device) -> None:
         columns, weights = job.plan.sources, job.plan.recipe["weights"]
         rows = range(task.first, task.last)
         self.positions = [int(columns.adapter[i]) for i in rows]
@@ -103,7 +110,7 @@ class Sources:
         self.a, self.b = (
             [
                 FactorReader(
-                    job.files, job.adapters[p].factor(int(columns.row[i]), side), job.dtype
+                    job.window, job.adapters[p].factor(int(columns.row[i]), side), job.dtype, device
                 )
                 for p, i in zip(self.positions, rows, strict=True)
             ]

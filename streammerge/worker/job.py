@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from streammerge.adapter import Adapter
+from streammerge.budget import resident_bytes
 from streammerge.kernels.tiles import RuleOptions
 from streammerge.output.writer import RegionWriter
 from streammerge.plans import Plan, Region
-from streammerge.readers.mapped import MappedFiles
+from streammerge.readers.windows import OpenFiles, mapped, pread
 
 
 class Job:
@@ -26,7 +28,9 @@ class Job:
         self.directory = directory
         self.starts = starts
         """Where each output file's data begin."""
-        self.files = MappedFiles()
+        self.device = torch.device("cpu")
+        self.files = OpenFiles()
+        self.window = {"mmap": mapped, "pread": pread}[plan.io](self.files)
         recipe = plan.recipe
         self.dtype: torch.dtype = getattr(torch, recipe["compute_dtype"])
         self.output_dtype: torch.dtype = getattr(torch, plan.dtype)
@@ -65,3 +69,22 @@ def fingerprint() -> dict[str, str]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "device": "cpu",
     }
+
+
+def measure_process(threads: int) -> int:
+    """Load and warm up what tasks use, on as many threads, and return what the process holds.
+
+    BLAS and LAPACK allocate buffers of their own at their first calls, some for each thread.
+    """
+    with one_thread_each(), ThreadPoolExecutor(threads) as pool:
+        for future in [pool.submit(_warm_up) for _ in range(threads)]:
+            future.result()
+    return resident_bytes()
+
+
+def _warm_up() -> None:
+    torch.set_num_threads(1)
+    matrix = torch.ones(256, 256)
+    torch.linalg.qr(matrix)
+    for values in (matrix @ matrix, matrix.double()):
+        torch.linalg.svd(values)

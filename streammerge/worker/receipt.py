@@ -29,4 +29,6 @@ class Receipt:
     inputs: tuple[tuple[str, str], ...]
     """xxh3-128 of each source's A and B, as stored."""
     certificate: Certificate | None
+    device: str
+    """Where it was computed, which decides the rounding: "cpu", "cuda", …"""
     seconds: float

@@ -1,0 +1,42 @@
+"""What a task costs in time: arithmetic, and the rates at which things are told apart."""
+
+from __future__ import annotations
+
+from streammerge.catalog import RuleSpec
+from streammerge.planner.memory import tile_bytes
+from streammerge.planner.routes import Course, Shape
+
+GEMM_RATE = 3e10
+"""Floating-point operations a second of a matrix product on one core."""
+
+ELEMENT_RATE = 5e8
+"""Element-wise operations a second on one core, on tiles that stay in its cache."""
+
+SCRATCH_RATE = 5e8
+"""Bytes a second of a scratch disk."""
+
+
+def arithmetic(course: Course, rule: RuleSpec, shape: Shape) -> int:
+    """Return the floating-point operations of a task, about."""
+    m, n, k, sources = shape.m, shape.n, shape.total_rank, len(shape.ranks)
+    if course.route == "concatenate":
+        return k * (m + n)
+    if course.route == "fold":
+        return (rule.operations + 2) * k * (m + n)
+    if course.route == "core":
+        return 4 * (m + n) * k * k + 20 * min(k, shape.small) ** 3
+    if course.route == "sum":
+        return course.passes * 4 * k * (m + n) * course.block
+    made = m * n * (2 * k * rule.sweeps + rule.operations * sources)
+    selection = 2 * m * n * (2 * k + 4 * sources) if rule.sparsity == "largest" else 0
+    if course.route == "dense":
+        return made + selection + 4 * m * n * shape.small + 20 * shape.small**3
+    return made + selection + course.passes * 4 * m * n * course.block
+
+
+def prefers_scratch(rule: RuleSpec, shape: Shape) -> bool:
+    """Return whether a merged tile is read from scratch sooner than it is made again."""
+    elements = tile_bytes(shape) / shape.item
+    remade = elements * 2 * shape.total_rank * rule.sweeps / GEMM_RATE
+    remade += elements * rule.operations * len(shape.ranks) / ELEMENT_RATE
+    return remade > tile_bytes(shape) / SCRATCH_RATE

@@ -1,0 +1,98 @@
+"""By which route a target is merged. Shape, rule and space alone decide, for routes round apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streammerge.catalog import RuleSpec, SpaceSpec
+from streammerge.plans import Route
+
+OVERSAMPLING = 8
+"""Columns of a Krylov block beyond the rank: the more, the fewer passes."""
+
+KRYLOV_PASSES = 10
+"""Passes planned at most; flat spectra take 3 to 10, others 3 or 4."""
+
+KRYLOV_ELEMENTS = 2**25
+"""The basis is planned with at most so many elements, as long as that leaves MIN_PASSES."""
+
+MIN_PASSES = 3
+
+DENSE_SIDE = 256
+"""A merged matrix with a side up to this is decomposed as a whole."""
+
+CORE_ELEMENTS = 2**25
+"""Stacked factors with more elements than this are not decomposed by QR, but iterated on."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides the route of a target, its cost and its memory."""
+
+    m: int
+    n: int
+    rank: int
+    """Of the output."""
+    ranks: tuple[int, ...]
+    """Of the sources."""
+    source_bytes: int
+    """Of all source factors, as stored."""
+    stored_item: int
+    """Bytes of a number in the widest source."""
+    item: int
+    """Bytes of a number in the compute dtype."""
+    out_item: int
+    """Bytes of a number in the output."""
+
+    @property
+    def total_rank(self) -> int:
+        """Rows of all A's together."""
+        return sum(self.ranks)
+
+    @property
+    def small(self) -> int:
+        """The shorter side."""
+        return min(self.m, self.n)
+
+
+@dataclass(frozen=True)
+class Course:
+    """A route and its iteration."""
+
+    route: Route
+    block: int = 0
+    """Columns of a Krylov block; 0 on direct routes."""
+    passes: int = 0
+    """Krylov passes planned."""
+
+
+def choose_course(rule: RuleSpec, space: SpaceSpec, shape: Shape) -> Course:
+    """Return how a target is merged.
+
+    A weighted sum in delta space goes through the core of its stacked factors while that is the
+    least arithmetic; with more adapters than that it is iterated on factor by factor, or, with a
+    short side, formed. What other rules make is formed tile by tile, and iterated on.
+    """
+    if space.name == "exact":
+        return Course("concatenate")
+    if space.name == "factor":
+        return Course("fold")
+    block = shape.rank + OVERSAMPLING
+    iterated = Course("krylov", block, _passes(shape, block))
+    linear = rule.name == "linear"
+    if linear and _core_pays(shape, block):
+        return Course("core")
+    if shape.small <= max(DENSE_SIDE, 4 * block):
+        return Course("dense")
+    return Course("sum", iterated.block, iterated.passes) if linear else iterated
+
+
+def _core_pays(shape: Shape, block: int) -> bool:
+    """Whether a QR of the stacked factors costs less than some six passes over them."""
+    k = shape.total_rank
+    return k <= max(6 * block, shape.small // 8) and k * (shape.m + shape.n) <= CORE_ELEMENTS
+
+
+def _passes(shape: Shape, block: int) -> int:
+    affordable = KRYLOV_ELEMENTS // (block * (shape.m + shape.n)) - 1
+    return min(KRYLOV_PASSES, shape.small // block, max(MIN_PASSES, affordable))

@@ -1,0 +1,129 @@
+"""Input bytes, a window at a time: mapped read-only, or read into a buffer.
+
+Files are opened late and only a few are kept open, so that any number of adapters runs under a
+small `ulimit -n`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+
+from streammerge.adapter import TensorFile
+from streammerge.errors import InputChangedError
+
+MAX_OPEN_FILES = 64
+
+Bytes = npt.NDArray[np.uint8]
+Window = Callable[[TensorFile, int, int], Bytes]
+"""From a file, an offset and a number of bytes to these bytes, read-only."""
+
+
+class OpenFiles:
+    """A few open descriptors, safe to use from several threads."""
+
+    def __init__(self, max_open: int = MAX_OPEN_FILES) -> None:
+        self._max_open = max_open
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def descriptor(self, file: TensorFile) -> Iterator[int]:
+        """Lend a descriptor of `file`, which stays open as long as the block lasts.
+
+        Raises:
+            InputChangedError: the file is gone, or not the one whose header was read.
+        """
+        with self._lock:
+            # A copy, for another thread may close the original at any time.
+            descriptor = os.dup(self._find(file))
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """Close all files."""
+        with self._lock:
+            while self._open:
+                os.close(self._open.popitem()[1])
+
+    def _find(self, file: TensorFile) -> int:
+        if file.path in self._open:
+            self._open.move_to_end(file.path)
+            return self._open[file.path]
+        if len(self._open) >= self._max_open:
+            os.close(self._open.popitem(last=False)[1])
+        self._open[file.path] = _open_unchanged(file)
+        return self._open[file.path]
+
+
+def mapped(files: OpenFiles) -> Window:
+    """Return windows that are mapped; their pages go back when the last view of one is dropped."""
+
+    def window(file: TensorFile, offset: int, nbytes: int) -> Bytes:
+        start = offset - offset % mmap.ALLOCATIONGRANULARITY
+        with files.descriptor(file) as descriptor:
+            view = mmap.mmap(
+                descriptor, offset - start + nbytes, access=mmap.ACCESS_READ, offset=start
+            )
+        return np.frombuffer(view, np.uint8, nbytes, offset - start)
+
+    return window
+
+
+def pread(files: OpenFiles) -> Window:
+    """Return windows that are read into a buffer of each thread, valid until its next window.
+
+    For network file systems, for limits on the address space, and for inputs that may be
+    truncated under the run, which no map survives.
+    """
+    buffers = threading.local()
+
+    def window(file: TensorFile, offset: int, nbytes: int) -> Bytes:
+        buffer: Bytes = getattr(buffers, "bytes", np.empty(0, np.uint8))
+        if len(buffer) < nbytes:
+            buffers.bytes = buffer = np.empty(nbytes, np.uint8)
+        with files.descriptor(file) as descriptor:
+            _fill(descriptor, file, memoryview(buffer.data)[:nbytes], offset)
+        return buffer[:nbytes]
+
+    return window
+
+
+def _fill(descriptor: int, file: TensorFile, into: memoryview, offset: int) -> None:
+    while into:
+        try:
+            read = os.preadv(descriptor, [into], offset)
+        except OSError as error:
+            raise InputChangedError(f"cannot be read ({error.strerror})", path=file.path) from error
+        if read == 0:
+            raise InputChangedError("has become shorter during the run", path=file.path)
+        into, offset = into[read:], offset + read
+
+
+def _open_unchanged(file: TensorFile) -> int:
+    try:
+        descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise InputChangedError(
+            f"cannot be opened any more ({error.strerror})", path=file.path
+        ) from error
+    status = os.fstat(descriptor)
+    if (status.st_size, status.st_mtime_ns, status.st_ino) != (
+        file.size,
+        file.mtime_ns,
+        file.inode,
+    ):
+        os.close(descriptor)
+        raise InputChangedError(
+            "has changed since its header was read; start the merge again", path=file.path
+        )
+    return descriptor

@@ -1,0 +1,263 @@
+"""The routes by which a target is merged, each from readers of factors to writers of regions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from streammerge.draw import stream_key
+from streammerge.errors import ClampError, OutputOverflowError
+from streammerge.kernels.tiles import Operands, hold_tiles, merged_tiles
+from streammerge.kernels.truncate import Addend, FactorSum, TiledMatrix, block_krylov, dense
+from streammerge.lowrank import (
+    Truncation,
+    balanced_pair,
+    clamped_pair,
+    residual_excess,
+    rounding_energy,
+    truncate_product,
+)
+from streammerge.output.scratch import ScratchFile
+from streammerge.output.writer import RegionWriter
+from streammerge.plans import Task, factor_rows, flat_tiles, longest, row_tiles
+from streammerge.spaces.delta import delta_tile
+from streammerge.spaces.exact import stack_weights
+from streammerge.spaces.factor import factor_weights
+from streammerge.worker.factors import FactorReader, Sources
+from streammerge.worker.job import Job
+from streammerge.worker.receipt import Certificate
+
+Spans = Sequence[tuple[int, int]]
+TileOf = Callable[[int, int], torch.Tensor]
+
+PROBES = 8
+"""Gaussian vectors that estimate what an iteration on factors does not see."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One target on its way through a route."""
+
+    job: Job
+    task: Task
+    sources: Sources
+    device: torch.device
+    a: RegionWriter
+    b: RegionWriter
+
+    @property
+    def stack_weights(self) -> list[float]:
+        """Each source's q = weight·scaling."""
+        return stack_weights(self.sources.weights, self.sources.scalings)
+
+
+def merge_target(work: Work) -> Certificate | None:
+    """Merge one target by its planned route and write its pair.
+
+    Returns:
+        How good the pair is, where something was truncated.
+    """
+    route = work.task.route
+    if route == "concatenate":
+        _concatenate(work)
+        return None
+    if route == "fold":
+        _fold(work)
+        return None
+    triples = {"core": _core, "sum": _sum}.get(route, _stream)(work)
+    return _write_pair(work, triples)
+
+
+def _concatenate(work: Work) -> None:
+    """Write A = vstack(q_i·A_i) and B = hstack(B_i), a tile at a time."""
+    for reader, q in zip(work.sources.a, work.stack_weights, strict=True):
+        for start, stop in flat_tiles(reader.factor.elements):
+            _write(work.job, work.a, reader.elements(start, stop).mul_(q))
+    readers = work.sources.b
+    total_rank = sum(reader.matrix_shape[1] for reader in readers)
+    for start, stop in factor_rows(work.task.m, total_rank):
+        _write(work.job, work.b, torch.cat([reader.rows(start, stop) for reader in readers], 1))
+
+
+def _fold(work: Work) -> None:
+    """Write the rule's answer on all A's, then on all B's, a tile at a time."""
+    job, sources = work.job, work.sources
+    weights = factor_weights(sources.weights, sources.scalings)
+    sides = (("A", sources.a, work.a), ("B", sources.b, work.b))
+    for (side, readers, writer), side_weights in zip(sides, weights, strict=True):
+        spans = flat_tiles(readers[0].factor.elements)
+        operands = Operands(
+            spans=spans,
+            tile=_factor_tiles(readers, spans),
+            keys=sources.keys(job, work.task.target, side),
+            weights=side_weights,
+        )
+        tile_at = merged_tiles(operands, job.options)
+        for t in range(len(spans)):
+            _write(job, writer, tile_at(t))
+
+
+def _factor_tiles(readers: Sequence[FactorReader], spans: Spans) -> TileOf:
+    return lambda i, t: readers[i].elements(*spans[t])
+
+
+def _core(work: Work) -> Truncation:
+    """Return the triples of Σ w_i·Δ_i from the stacked factors, without forming it."""
+    sources, task, q = work.sources, work.task, work.stack_weights
+    b = _stack(sources.b, (task.m, -1), q)
+    a = _stack(sources.a, (-1, task.n), [1.0] * len(q))
+    return truncate_product(b, a, task.rank)
+
+
+def _stack(
+    readers: Sequence[FactorReader], shape: tuple[int, int], factors: Sequence[float]
+) -> torch.Tensor:
+    """Return the factors side by side (m × k) or one below the other (k × n), scaled."""
+    along = 1 if shape[1] < 0 else 0
+    lengths = [reader.matrix_shape[along] for reader in readers]
+    size = [sum(lengths) if extent < 0 else extent for extent in shape]
+    stack = readers[0].new_empty(size)
+    parts = torch.split(stack, lengths, dim=along)
+    for reader, part, factor in zip(readers, parts, factors, strict=True):
+        part.copy_(reader.whole().mul_(factor))
+    return stack
+
+
+def _sum(work: Work) -> Truncation:
+    """Return the triples of Σ w_i·Δ_i by going over the factors, one adapter after another."""
+    addends = [
+        Addend(
+            q=q,
+            a_rows=a.rows,
+            a_tiles=factor_rows(*a.matrix_shape),
+            b_rows=b.rows,
+            b_tiles=factor_rows(*b.matrix_shape),
+        )
+        for q, a, b in zip(work.stack_weights, work.sources.a, work.sources.b, strict=True)
+    ]
+    task = work.task
+    start, probes = _gaussian(work, "krylov", task.block), _gaussian(work, "probes", PROBES)
+    return block_krylov(FactorSum(addends, task.m, probes), task.rank, start, task.passes)
+
+
+def _stream(work: Work) -> Truncation:
+    """Return the triples of a matrix that a rule makes, tile by tile, from the deltas."""
+    job, task, sources = work.job, work.task, work.sources
+    rows = row_tiles(task.m, task.n)
+    operands = Operands(
+        spans=[(start * task.n, stop * task.n) for start, stop in rows],
+        tile=_delta_tiles(sources, rows, task),
+        keys=sources.keys(job, task.target, "delta"),
+        weights=sources.weights,
+    )
+    tile_at = merged_tiles(operands, job.options)
+    if task.route == "dense":
+        return dense(tile_at, rows, task.rank)
+    start = _gaussian(work, "krylov", task.block)
+    with closing(SpilledTiles(work)) if task.spilled else nullcontext() as store:
+        held = hold_tiles(tile_at, task.resident, store, task.spilled)
+        return block_krylov(TiledMatrix(held, rows), task.rank, start, task.passes)
+
+
+def _delta_tiles(sources: Sources, rows: Spans, task: Task) -> TileOf:
+    """Return the function from (i, t) to tile t of delta i; all share one buffer."""
+    kept = [reader.whole() for reader in sources.a[: task.factors]]
+    buffer = sources.a[0].new_empty((longest(list(rows)), task.n))
+
+    def tile(i: int, t: int) -> torch.Tensor:
+        start, stop = rows[t]
+        a = kept[i] if i < len(kept) else sources.a[i].whole()
+        b = sources.b[i].rows(start, stop)
+        return delta_tile(b, a, sources.scalings[i], out=buffer[: stop - start])
+
+    return tile
+
+
+class SpilledTiles:
+    """Tiles of a merged matrix on scratch disk."""
+
+    def __init__(self, work: Work) -> None:
+        scratch = work.job.plan.scratch
+        assert scratch is not None, "tiles are only spilled where there is a scratch"
+        self._file = ScratchFile(scratch)
+        self._rows = row_tiles(work.task.m, work.task.n)
+        self._n = work.task.n
+        self._dtype = work.job.dtype
+        self._device = work.device
+
+    def put(self, t: int, tile: torch.Tensor) -> None:
+        """Store tile `t`."""
+        self._file.write(_bytes_of(tile.cpu()), self._offset(t))
+
+    def get(self, t: int) -> torch.Tensor:
+        """Return tile `t` as it was stored."""
+        start, stop = self._rows[t]
+        tile = torch.empty(stop - start, self._n, dtype=self._dtype)
+        self._file.read(_bytes_of(tile), self._offset(t))
+        return tile.to(self._device)
+
+    def close(self) -> None:
+        """Free the disk."""
+        self._file.close()
+
+    def _offset(self, t: int) -> int:
+        return self._rows[t][0] * self._n * self._dtype.itemsize
+
+
+def _gaussian(work: Work, purpose: str, columns: int) -> torch.Tensor:
+    """Return an n × columns Gaussian matrix, drawn on the CPU so that all devices have the same."""
+    job, task = work.job, work.task
+    seed = stream_key(int(job.plan.recipe["seed"]), 0, task.target, purpose)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(task.n, columns, generator=generator, dtype=job.dtype).to(work.device)
+
+
+def _write_pair(work: Work, triples: Truncation) -> Certificate:
+    job, clamp = work.job, work.job.plan.recipe["clamp"]
+    best_b, best_a = balanced_pair(triples)
+    b_pair, a_pair = best_b, best_a
+    if clamp is not None:
+        b_pair, a_pair, limit = clamped_pair(triples, float(clamp))
+        if limit < 0:
+            raise ClampError(target=work.task.target, quantile=float(clamp), limit=limit)
+    b_written, a_written = _write(job, work.b, b_pair), _write(job, work.a, a_pair)
+    rounding = rounding_energy(best_b, best_a, b_written.to(job.dtype), a_written.to(job.dtype))
+    return _certify(triples, rounding)
+
+
+def _certify(triples: Truncation, rounding: float) -> Certificate:
+    if triples.energy == 0.0:
+        return Certificate(1.0, 0.0, 0.0, converged=True, passes=triples.passes)
+    lost = triples.lost + rounding
+    return Certificate(
+        kept_energy=max(0.0, 1.0 - lost / triples.energy),
+        relative_error=(lost / triples.energy) ** 0.5,
+        excess=residual_excess(triples.missed + rounding, lost),
+        converged=triples.converged,
+        passes=triples.passes,
+    )
+
+
+def _write(job: Job, writer: RegionWriter, values: torch.Tensor) -> torch.Tensor:
+    """Cast values to the output's dtype, append them to a region, and return them as written.
+
+    Raises:
+        OutputOverflowError: one of them does not fit.
+    """
+    cast = values.to(job.output_dtype).contiguous()
+    if job.output_dtype != values.dtype and not torch.isfinite(cast.sum()):
+        wrong = values[~torch.isfinite(cast)]
+        if len(wrong):
+            raise OutputOverflowError(
+                tensor=writer.name, value=float(wrong.abs().max()), dtype=job.plan.dtype
+            )
+    writer.append(_bytes_of(cast.cpu()))
+    return cast
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the CPU."""
+    return memoryview(tensor.view(torch.uint8).numpy().data).cast("B")
