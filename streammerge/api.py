@@ -127,7 +127,14 @@ def plan(
         strict_base=strict_base,
         max_shard_size=max_shard_size,
     )
-    return _plan(recipe, output, max_memory, workers, io, scratch)[0]
+    return _plan(
+        recipe,
+        output=output,
+        max_memory=max_memory,
+        workers=workers,
+        io=io,
+        scratch=scratch,
+    )[0]
 
 
 def merge(
@@ -216,7 +223,14 @@ def merge(
         strict_base=strict_base,
         max_shard_size=max_shard_size,
     )
-    planned, manifests = _plan(recipe, output, max_memory, workers, io, scratch)
+    planned, manifests = _plan(
+        recipe,
+        output=output,
+        max_memory=max_memory,
+        workers=workers,
+        io=io,
+        scratch=scratch,
+    )
     for notice in planned.notices:
         tell(events.Notice(notice))
     with Staging(Path(output)) as staging:
@@ -271,6 +285,7 @@ def _recipe(
 
 def _plan(
     recipe: Recipe,
+    *,
     output: StrPath | None,
     max_memory: str | int | None,
     workers: int | None,
@@ -288,7 +303,7 @@ def _plan(
     allowed, origin = allow(max_memory)
     table = NameTable()
     manifests = [read_adapter(path, table) for path in recipe.adapters]
-    budget = Budget(allowed, origin, measure_process(threads), threads)
+    budget = Budget(allowed, origin, measure_process(), threads)
     place = None if scratch is None else check_scratch(os.fspath(scratch))
     planned = make_plan(manifests, recipe, budget, io=io, scratch=place)
     if output is not None:

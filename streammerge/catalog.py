@@ -29,8 +29,8 @@ class RuleSpec:
     """Whether it takes `majority_sign`."""
     sweeps: int = 1
     """How often it goes over the N tensors of a tile."""
-    tile_buffers: int = 3
-    """Tile-sized buffers of the compute dtype alive at once, the incoming tensor included."""
+    tile_buffers: int = 1
+    """Tile-sized buffers of the compute dtype that it holds besides the incoming tensor."""
     operations: int = 2
     """Arithmetic operations for each element of each of the N tensors."""
 
@@ -86,7 +86,7 @@ RULES: dict[str, RuleSpec] = {
             sparsity="largest",
             elects=True,
             sweeps=2,
-            tile_buffers=7,
+            tile_buffers=5,
             operations=16,
         ),
         RuleSpec(
@@ -95,7 +95,7 @@ RULES: dict[str, RuleSpec] = {
             summary="keep random elements, rescale, weighted sum",
             source=_DARE,
             sparsity="random",
-            tile_buffers=7,
+            tile_buffers=2,
             operations=14,
         ),
         RuleSpec(
@@ -106,7 +106,7 @@ RULES: dict[str, RuleSpec] = {
             sparsity="random",
             elects=True,
             sweeps=2,
-            tile_buffers=9,
+            tile_buffers=6,
             operations=32,
         ),
         RuleSpec(
@@ -115,7 +115,7 @@ RULES: dict[str, RuleSpec] = {
             summary="keep the largest, weighted sum",
             source="PEFT",
             sparsity="largest",
-            tile_buffers=5,
+            tile_buffers=1,
             operations=6,
         ),
     )

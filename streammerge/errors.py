@@ -16,6 +16,7 @@ StreammergeError
 │   └── OutputBusyError          another merge is writing to the same output
 ├── MergeFailedError             during the work: the output's name is untouched; exit code 1
 │   ├── NonFiniteError           NaN or infinity in an input tensor
+│   ├── ComputeOverflowError     a target's values leave the range of the compute dtype
 │   ├── OutputOverflowError      a merged value does not fit the output's dtype
 │   ├── ClampError               the clamp's quantile is negative on this target
 │   ├── MemoryExhaustedError     an allocation failed although the plan fitted the budget
@@ -202,6 +203,21 @@ class NonFiniteError(MergeFailedError, ValueError):
         self.path = path
         self.tensor = tensor
         self.value = value
+
+
+class ComputeOverflowError(MergeFailedError, OverflowError):
+    """A target's values leave the range of the compute dtype.
+
+    Attributes:
+        target: the target module.
+    """
+
+    def __init__(self, *, target: str, dtype: str) -> None:
+        super().__init__(
+            f"{target}: the merge leaves the range of {dtype} on the way to its factors; weights, "
+            "scalings or factors are extremely large. Check them, or use compute dtype float64"
+        )
+        self.target = target
 
 
 class OutputOverflowError(MergeFailedError, OverflowError):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.functional import pad
 
 ENERGY_TOLERANCE = 1e-4
 """A residual norm this much above the best possible one, relatively, is good enough."""
@@ -32,21 +34,13 @@ class Truncation:
     """n × R, orthonormal columns."""
     energy: float
     """‖M‖²_F."""
+    lost: float
+    """‖M - U·S·Vᵀ‖²_F."""
     missed: float = 0.0
     """Estimate of the energy that the best triples of this number would keep beyond these."""
     passes: int = 0
     """Times that the iteration went over M; 0 for a direct decomposition."""
     converged: bool = True
-
-    @property
-    def lost(self) -> float:
-        """‖M - U·S·Vᵀ‖²_F."""
-        return max(0.0, self.energy - float(self.s.square().sum()))
-
-    @property
-    def excess(self) -> float:
-        """How far the residual's norm is above the best possible one, relatively; an estimate."""
-        return residual_excess(self.missed, self.lost)
 
 
 def residual_excess(missed: float, lost: float) -> float:
@@ -70,11 +64,7 @@ def truncate_product(b: torch.Tensor, a: torch.Tensor, rank: int) -> Truncation:
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.mT)
     left, s, right = torch.linalg.svd(r_b.double() @ r_a.double().mT, full_matrices=False)
-    energy = float(s.square().sum())
-    kept = min(rank, len(s))
-    u = q_b @ left[:, :kept].to(b.dtype)
-    v = q_a @ right[:kept].mT.to(a.dtype)
-    return Truncation(_widen(u, rank), _lengthen(s[:kept], rank), _widen(v, rank), energy)
+    return _leading((q_b, left), s, (q_a, right.mT), rank)
 
 
 def truncate_matrix(matrix: torch.Tensor, rank: int) -> Truncation:
@@ -84,31 +74,49 @@ def truncate_matrix(matrix: torch.Tensor, rank: int) -> Truncation:
     """
     if matrix.shape[0] < matrix.shape[1]:
         turned = truncate_matrix(matrix.mT, rank)
-        return Truncation(turned.v, turned.s, turned.u, turned.energy)
+        return replace(turned, u=turned.v, v=turned.u)
     q, r = torch.linalg.qr(matrix)
     left, s, right = torch.linalg.svd(r.double(), full_matrices=False)
-    u = q @ left[:, :rank].to(q.dtype)
-    v = right[:rank].mT.to(q.dtype)
-    return Truncation(u, s[:rank], v, float(s.square().sum()))
+    identity = torch.eye(len(s), dtype=q.dtype, device=q.device)
+    return _leading((q, left), s, (identity, right.mT), rank)
+
+
+def _leading(
+    left: tuple[torch.Tensor, torch.Tensor],
+    s: torch.Tensor,
+    right: tuple[torch.Tensor, torch.Tensor],
+    rank: int,
+) -> Truncation:
+    """Return the leading triples of (Q·P)·S·(Q'·P')ᵀ, for left = (Q, P) and right = (Q', P')."""
+    kept = min(rank, len(s))
+    u, v = (q @ p[:, :kept].to(q.dtype) for q, p in (left, right))
+    squares = s.square()
+    return Truncation(
+        u=pad(u, (0, rank - kept)),
+        s=pad(s[:kept], (0, rank - kept)),
+        v=pad(v, (0, rank - kept)),
+        energy=float(squares.sum()),
+        lost=float(squares[kept:].sum()),
+    )
 
 
 def balanced_pair(triples: Truncation) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return B = U·√S (m × R) and A = √S·Vᵀ (R × n): both of one magnitude.
+    """Return B = U·√S (m × R) and Aᵀ = V·√S (n × R), both of one magnitude; U and V are used up.
 
     PEFT's U·S and Vᵀ put most of B among float16's subnormals.
     """
     root = triples.s.sqrt().to(triples.u.dtype)
-    return (triples.u * root).contiguous(), (triples.v * root).mT.contiguous()
+    return triples.u.mul_(root), triples.v.mul_(root)
 
 
 def clamped_pair(triples: Truncation, quantile: float) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Return B = U·S and A = Vᵀ with all entries clamped to ±limit, and the limit.
+    """Return B = U·S and Aᵀ = V with all entries clamped to ±limit, and the limit.
 
     The limit is the quantile of the signed entries of both (PEFT's `svd_clamp`), by linear
-    interpolation, and on any size: torch.quantile stops at 2^24 elements.
+    interpolation, and on any size: torch.quantile stops at 2^24 elements. Where it is negative
+    nothing is clamped. U and V are used up.
     """
-    b = triples.u * triples.s.to(triples.u.dtype)
-    a = triples.v.mT
+    b, a = triples.u.mul_(triples.s.to(triples.u.dtype)), triples.v
     entries = torch.cat([b.flatten(), a.flatten()])
     place = quantile * (len(entries) - 1)
     below, above = (
@@ -116,29 +124,35 @@ def clamped_pair(triples: Truncation, quantile: float) -> tuple[torch.Tensor, to
     )
     limit = below + (above - below) * (place - math.floor(place))
     if limit < 0:
-        return b, a.contiguous(), limit
-    return b.clamp(-limit, limit), a.clamp(-limit, limit).contiguous(), limit
+        return b, a, limit
+    return b.clamp_(-limit, limit), a.clamp_(-limit, limit), limit
 
 
 def rounding_energy(
-    b: torch.Tensor, a: torch.Tensor, b_written: torch.Tensor, a_written: torch.Tensor
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    others: Iterable[tuple[torch.Tensor, torch.Tensor]],
 ) -> float:
-    """Return ‖B'·A' - B·A‖²_F for a pair as computed and as written, from R × R Gram matrices.
+    """Return ‖B'·A' - B·A‖²_F for a product as computed and as written, from small Gram matrices.
 
     The truncation's residual is orthogonal to it in all but second order, so that the two energies
     add up to that of the written pair.
+
+    Args:
+        pairs: rows of B with the same rows of B', range by range.
+        others: rows of Aᵀ with the same rows of A'ᵀ, range by range.
     """
-    left, right = torch.cat([b_written, -b], dim=1), torch.cat([a_written, a], dim=0)
-    gram_b = left.double().mT @ left.double()
-    gram_a = right.double() @ right.double().mT
-    return max(0.0, float((gram_b * gram_a).sum()))
+    # B'·A' - B·A = (B' - B)·A' + B·(A' - A): factors [B' - B, B] and [A'; A' - A], whose small
+    # differences are not lost in the Gram matrices as those of B' and B would be.
+    left = _gram((torch.cat([w.to(x.dtype) - x, x], dim=1) for x, w in pairs))
+    right = _gram((torch.cat([w.to(x.dtype), w.to(x.dtype) - x], dim=1) for x, w in others))
+    return max(0.0, float((left * right).sum()))
 
 
-def _widen(x: torch.Tensor, columns: int) -> torch.Tensor:
-    missing = columns - x.shape[1]
-    return torch.nn.functional.pad(x, (0, missing)) if missing else x
-
-
-def _lengthen(x: torch.Tensor, length: int) -> torch.Tensor:
-    missing = length - len(x)
-    return torch.nn.functional.pad(x, (0, missing)) if missing else x
+def _gram(blocks: Iterable[torch.Tensor]) -> torch.Tensor:
+    total: torch.Tensor | None = None
+    for block in blocks:
+        wide = block.double()
+        gram = wide.mT @ wide
+        total = gram if total is None else total.add_(gram)
+    assert total is not None, "a factor has at least one row"
+    return total

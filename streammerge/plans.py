@@ -92,6 +92,8 @@ class Task:
     """How many of the others lie on scratch disk instead of being computed again."""
     factors: int
     """Sources whose A is held, converted; those of the others are read again for each tile."""
+    stacked: bool
+    """Whether all sources' tensors of a tile are held while the rule goes over them again."""
     block: int
     """Columns of a Krylov block; 0 on other routes."""
     passes: int

@@ -15,6 +15,9 @@ import torch
 DIGIT_BITS = 16
 DIGITS = 1 << DIGIT_BITS
 
+CHUNK = 1 << 15
+"""Elements that are counted at once: small enough for the buffers to stay in cache."""
+
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 _BITS = {torch.float32: 32, torch.float64: 64}
 
@@ -42,7 +45,7 @@ class Search:
     settled: int = 0
     """How many digits are settled."""
     occurrences: int = 0
-    """Elements that share the settled digits; only counted once all are."""
+    """Elements that share the settled digits."""
 
 
 def digits(dtype: torch.dtype) -> int:
@@ -50,19 +53,33 @@ def digits(dtype: torch.dtype) -> int:
     return _BITS[dtype] // DIGIT_BITS
 
 
-def magnitude_bits(x: torch.Tensor) -> torch.Tensor:
-    """Return the bits of |x| as integers, flat; ordered as |x| is."""
-    return x.abs().view(_INTEGER[x.dtype]).flatten()
+class DigitCounter:
+    """Counts one digit over the elements that share the digits settled so far."""
 
+    def __init__(self, search: Search, dtype: torch.dtype, device: torch.device) -> None:
+        self._search = search
+        self._shift = _BITS[dtype] - DIGIT_BITS * (search.settled + 1)
+        self._integer = _INTEGER[dtype]
+        # One bin more on each side takes the elements whose higher digits differ.
+        self._bins = torch.zeros(DIGITS + 2, dtype=torch.int64, device=device)
+        self._digit = torch.empty(CHUNK, dtype=self._integer, device=device)
+        self._place = torch.empty(CHUNK, dtype=torch.int64, device=device)
+        self._ones = torch.ones(CHUNK, dtype=torch.int64, device=device)
 
-def count_digit(x: torch.Tensor, search: Search) -> torch.Tensor:
-    """Count the next digit among the elements of `x` that share the settled digits: int64."""
-    bits = magnitude_bits(x)
-    shift = _BITS[x.dtype] - DIGIT_BITS * (search.settled + 1)
-    if search.settled:
-        bits = bits[(bits >> (shift + DIGIT_BITS)) == search.prefix]
-    digit = (bits >> shift) & (DIGITS - 1)
-    return torch.bincount(digit, minlength=DIGITS)
+    def add(self, x: torch.Tensor) -> None:
+        """Count the elements of a contiguous tensor."""
+        sign = 1 << (_BITS[x.dtype] - 1)
+        for bits in torch.split(x.view(self._integer).view(-1), CHUNK):
+            digit, place = self._digit[: len(bits)], self._place[: len(bits)]
+            torch.bitwise_and(bits, sign - 1, out=digit)
+            digit.bitwise_right_shift_(self._shift).sub_(self._search.prefix << DIGIT_BITS)
+            place.copy_(digit.clamp_(-1, DIGITS).add_(1))
+            self._bins.scatter_add_(0, place, self._ones[: len(bits)])
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """How often each digit occurred: DIGITS int64 numbers."""
+        return self._bins[1:-1]
 
 
 def settle_digit(search: Search, counts: torch.Tensor) -> Search:
@@ -86,14 +103,28 @@ def found_value(search: Search, dtype: torch.dtype) -> float:
     return float(bits.view(dtype)[0])
 
 
-def keep_largest(x: torch.Tensor, cut: Cut) -> torch.Tensor:
-    """Return `x` with zeros where the cut falls; among equals the lowest flat index is kept."""
-    if cut == KEEP_ALL:
+def keep_largest_(x: torch.Tensor, cut: Cut, *, all_equals: bool) -> torch.Tensor:
+    """Set the elements of `x` below the cut to zero, in place, and return it.
+
+    Args:
+        x: a contiguous tile.
+        cut: where it falls on this tile; among equals the lowest flat index is kept.
+        all_equals: whether every element equal to the cut's value is kept.
+    """
+    if cut.value < 0:
         return x
-    magnitude = x.abs()
-    keep = magnitude > cut.value
-    if cut.equals:
-        equal = (magnitude == cut.value).flatten()
-        places = equal.nonzero().flatten()[: cut.equals]
-        keep.view(-1)[places] = True
-    return torch.where(keep, x, 0.0)
+    if cut.value == float("inf"):
+        return x.zero_()
+    if all_equals:
+        # hardshrink keeps what is strictly larger; the next smaller number lets the equals in.
+        below = torch.nextafter(torch.tensor(cut.value, dtype=x.dtype), x.new_zeros(()).cpu())
+        return _shrink_(x, float(below))
+    equal = (x.abs() == cut.value).view(-1).nonzero().view(-1)[: cut.equals]
+    kept = x.view(-1)[equal]
+    _shrink_(x, cut.value).view(-1)[equal] = kept
+    return x
+
+
+def _shrink_(x: torch.Tensor, limit: float) -> torch.Tensor:
+    torch.ops.aten.hardshrink.out(x, limit, out=x)
+    return x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,23 +12,27 @@ from streammerge.select import (
     KEEP_ALL,
     KEEP_NONE,
     Cut,
+    DigitCounter,
     Search,
-    count_digit,
     digits,
     found_value,
+    keep_largest_,
     settle_digit,
 )
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """Where a tensor is cut: above `value` all is kept, of the equals a number in each tile."""
+    """Where a tensor is cut: above a value all is kept, of the equals a number in each tile."""
 
-    cuts: tuple[Cut, ...]
+    value: float
+    equals: tuple[int, ...] | None
+    """How many of the equals each tile keeps; None where all are kept."""
 
-    def cut(self, t: int) -> Cut:
-        """Return the cut of tile `t`."""
-        return self.cuts[t] if len(self.cuts) > 1 else self.cuts[0]
+    def prune_(self, x: torch.Tensor, t: int) -> torch.Tensor:
+        """Set what tile `t` loses to zero, in place, and return it."""
+        equals = 0 if self.equals is None else self.equals[t]
+        return keep_largest_(x, Cut(self.value, equals), all_equals=self.equals is None)
 
 
 def find_threshold(
@@ -39,39 +44,43 @@ def find_threshold(
     number is exact whatever the tiles.
 
     Args:
-        tile_at: the tensor's tiles.
+        tile_at: the tensor's tiles, contiguous.
         spans: each tile's range of flat indices, in order.
         density: share of elements kept.
+
+    Raises:
+        FloatingPointError: the threshold is infinite.
     """
     numel = spans[-1][1]
     keep = int(density * numel)
     if keep <= 0:
-        return Threshold((KEEP_NONE,))
+        return Threshold(KEEP_NONE.value, None)
     if keep >= numel:
-        return Threshold((KEEP_ALL,))
-    search, dtype = Search(remaining=keep), None
-    while dtype is None or search.settled < digits(dtype):
-        counts: torch.Tensor | None = None
+        return Threshold(KEEP_ALL.value, None)
+    tile = tile_at(0)
+    dtype, device = tile.dtype, tile.device
+    search = Search(remaining=keep)
+    while search.settled < digits(dtype):
+        counter = DigitCounter(search, dtype, device)
         for t in range(len(spans)):
-            tile = tile_at(t)
-            dtype = tile.dtype
-            more = count_digit(tile, search)
-            counts = more if counts is None else counts.add_(more)
-        assert counts is not None, "a tensor has at least one tile"
-        search = settle_digit(search, counts)
+            counter.add(tile_at(t))
+        search = settle_digit(search, counter.counts)
     value = found_value(search, dtype)
-    if search.remaining == search.occurrences:
-        return Threshold((Cut(value, search.occurrences),))
-    return Threshold(tuple(_share_equals(tile_at, len(spans), value, search.remaining)))
+    if math.isinf(value):
+        raise FloatingPointError("a tensor overflows: its threshold is infinite")
+    # An element equal to a threshold of zero is zero, kept or not.
+    if search.remaining == search.occurrences or value == 0.0:
+        return Threshold(value, None)
+    return Threshold(value, _share_equals(tile_at, len(spans), value, search.remaining))
 
 
 def _share_equals(
     tile_at: Callable[[int], torch.Tensor], tiles: int, value: float, remaining: int
-) -> list[Cut]:
+) -> tuple[int, ...]:
     """Give the equals that are kept to the tiles, in order."""
-    cuts = []
+    shares = []
     for t in range(tiles):
-        equals = int((tile_at(t).abs() == value).sum()) if remaining else 0
-        cuts.append(Cut(value, min(equals, remaining)))
-        remaining -= cuts[-1].equals
-    return cuts
+        equals = int(torch.count_nonzero(tile_at(t).abs() == value)) if remaining else 0
+        shares.append(min(equals, remaining))
+        remaining -= shares[-1]
+    return tuple(shares)

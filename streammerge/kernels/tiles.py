@@ -9,10 +9,9 @@ from typing import Protocol
 import torch
 
 from streammerge.catalog import RULES
-from streammerge.draw import keep_limit, random_bits
+from streammerge.draw import random_mask
 from streammerge.kernels.thresholds import Threshold, find_threshold
 from streammerge.rules import FUNCTIONS, Tile
-from streammerge.select import keep_largest
 
 TileAt = Callable[[int], torch.Tensor]
 
@@ -23,14 +22,21 @@ class Operands:
 
     spans: Sequence[tuple[int, int]]
     """Each tile's range of flat indices."""
-    tile: Callable[[int, int], torch.Tensor]
-    """Returns tile t of tensor i; valid until the next call, and may be overwritten."""
+    fill: Callable[[int, int, torch.Tensor], torch.Tensor]
+    """Puts tile t of tensor i into a flat buffer that is large enough, and returns it, shaped."""
+    new_buffer: Callable[[int], torch.Tensor]
+    """Returns a flat buffer for so many elements."""
     keys: Sequence[int]
     """Each tensor's stream of random bits."""
     weights: Sequence[float]
 
     def __len__(self) -> int:
         return len(self.weights)
+
+    @property
+    def largest_tile(self) -> int:
+        """Elements of the largest tile."""
+        return max(stop - start for start, stop in self.spans)
 
 
 @dataclass(frozen=True)
@@ -42,54 +48,92 @@ class RuleOptions:
     majority_sign: str
 
 
-def merged_tiles(operands: Operands, options: RuleOptions) -> TileAt:
+def merged_tiles(operands: Operands, options: RuleOptions, *, stacked: bool = False) -> TileAt:
     """Return the function from a tile's number to that tile of the merged tensor.
 
     Thresholds over whole tensors are found first, by going over their tiles; after that any tile
     may be asked for, in any order and again, and is the same each time.
+
+    Args:
+        operands: the tensors.
+        options: the rule and what it needs.
+        stacked: whether the N tensors of a tile are kept while the rule goes over them again,
+            instead of being made again.
     """
     rule = FUNCTIONS[options.rule]
-    thresholds: list[Threshold] = []
-    if RULES[options.rule].sparsity == "largest":
-        thresholds = [
-            find_threshold(_tiles_of(operands, i), operands.spans, options.density)
-            for i in range(len(operands))
-        ]
+    maker = _TileMaker(operands, options, stacked=stacked)
 
     def tile_at(t: int) -> torch.Tensor:
-        def tensors() -> Iterator[torch.Tensor]:
-            return (operands.tile(i, t) for i in range(len(operands)))
-
-        def largest(i: int, x: torch.Tensor) -> torch.Tensor:
-            return keep_largest(x, thresholds[i].cut(t))
-
-        def random(i: int, x: torch.Tensor) -> torch.Tensor:
-            return keep_random(x, operands.keys[i], operands.spans[t][0], options.density)
-
-        return rule(Tile(tensors, largest, random, operands.weights, options.majority_sign))
+        return rule(
+            Tile(
+                tensors=lambda: maker.go_over(t, _leave),
+                largest=lambda: maker.go_over(t, maker.prune_),
+                random=lambda: maker.go_over(t, maker.drop_),
+                weights=operands.weights,
+                majority_sign=options.majority_sign,
+            )
+        )
 
     return tile_at
 
 
-def _tiles_of(operands: Operands, i: int) -> TileAt:
-    return lambda t: operands.tile(i, t)
+Change = Callable[[int, int, torch.Tensor], torch.Tensor]
+"""Changes tile t of tensor i in place."""
 
 
-def keep_random(x: torch.Tensor, key: int, start: int, density: float) -> torch.Tensor:
-    """Return `x` with elements kept at the rate `density` and divided by it, in place.
+def _leave(_i: int, _t: int, x: torch.Tensor) -> torch.Tensor:
+    return x
 
-    Args:
-        x: the elements from flat index `start` on.
-        key: of the tensor's stream.
-        start: flat index of the first element.
-        density: 1 keeps all, 0 none (and divides by nothing).
-    """
-    if density >= 1:
-        return x
-    if density <= 0:
-        return x.zero_()
-    bits = random_bits(key, start, x.numel(), x.device)
-    return x.div_(density).mul_((bits < keep_limit(density)).view(x.shape))
+
+class _TileMaker:
+    """Makes the N tensors of a tile, in buffers that serve every tile."""
+
+    def __init__(self, operands: Operands, options: RuleOptions, *, stacked: bool) -> None:
+        self._operands = operands
+        self._density = options.density
+        size = operands.largest_tile
+        self._buffers = [operands.new_buffer(size) for _ in range(len(operands) if stacked else 1)]
+        self._stacked = stacked
+        self._made: tuple[int, Change, list[torch.Tensor]] | None = None
+        self._mask: torch.Tensor | None = None
+        self._thresholds: list[Threshold] = []
+        if RULES[options.rule].sparsity == "largest":
+            self._thresholds = [
+                find_threshold(self._tiles_of(i), operands.spans, options.density)
+                for i in range(len(operands))
+            ]
+
+    def go_over(self, t: int, change: Change) -> Iterator[torch.Tensor]:
+        """Yield tile t of each tensor, changed."""
+        if self._made is not None and self._made[:2] == (t, change):
+            yield from self._made[2]
+            return
+        self._made, made = None, []
+        for i in range(len(self._operands)):
+            buffer = self._buffers[i if self._stacked else 0]
+            made.append(change(i, t, self._operands.fill(i, t, buffer)))
+            yield made[-1]
+        if self._stacked:
+            self._made = (t, change, made)
+
+    def prune_(self, i: int, t: int, x: torch.Tensor) -> torch.Tensor:
+        """Keep the largest magnitudes."""
+        return self._thresholds[i].prune_(x, t)
+
+    def drop_(self, i: int, t: int, x: torch.Tensor) -> torch.Tensor:
+        """Keep random elements at the rate of the density, and divide them by it."""
+        if self._density >= 1:
+            return x
+        if self._density <= 0:
+            return x.zero_()
+        if self._mask is None:
+            self._mask = self._operands.new_buffer(self._operands.largest_tile)
+        key, (start, stop) = self._operands.keys[i], self._operands.spans[t]
+        mask = random_mask(key, start, self._density, out=self._mask[: stop - start])
+        return x.div_(self._density).mul_(mask.view(x.shape))
+
+    def _tiles_of(self, i: int) -> TileAt:
+        return lambda t: self._operands.fill(i, t, self._buffers[0])
 
 
 class TileStore(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -35,6 +35,14 @@ class Matrix(Protocol):
     def outside(self, space: Space) -> float:
         """Return the energy of M that a space does not hold: ‖M - M·V·Vᵀ‖²_F."""
 
+    def distance(self, triples: Truncation) -> float:
+        """Return ‖M - U·S·Vᵀ‖²_F without cancellation."""
+
+
+CANCELLATION = 1e-5
+"""A residual energy below this share of ‖M‖² is not trusted as a difference of two float32 sums:
+one more pass takes it directly."""
+
 
 def dense(tile_at: TileAt, rows: Spans, rank: int) -> Truncation:
     """Return the leading `rank` triples from the matrix as a whole; for one small side."""
@@ -60,6 +68,9 @@ def block_krylov(matrix: Matrix, rank: int, start: torch.Tensor, passes: int) ->
         rank: triples wanted.
         start: n × block, the Gaussian start.
         passes: blocks at most; later ones are skipped once the certificate holds.
+
+    Raises:
+        FloatingPointError: M is not finite.
     """
     space = Space(right=Basis([torch.linalg.qr(start).Q]), left=Basis([]))
     for done in range(1, passes + 1):
@@ -69,6 +80,8 @@ def block_krylov(matrix: Matrix, rank: int, start: torch.Tensor, passes: int) ->
         result = _ritz(space, coupling, rank, matrix.outside(space))
         if result.converged:
             break
+    if result.lost <= CANCELLATION * result.energy:
+        result = replace(result, lost=matrix.distance(result))
     return result
 
 
@@ -92,6 +105,8 @@ class TiledMatrix:
             image[top:bottom] = part
             if self._energy is None:
                 squares += squared_norm(tile)
+        if not math.isfinite(squares):
+            raise FloatingPointError("a merged matrix overflows: its norm is not finite")
         if self._energy is None:
             self._energy = squares
         return image, back
@@ -100,6 +115,14 @@ class TiledMatrix:
         """Return ‖M‖² - ‖T‖²; exact to rounding."""
         assert self._energy is not None, "a pass has been made"
         return max(0.0, self._energy - float(space.triangle.square().sum()))
+
+    def distance(self, triples: Truncation) -> float:
+        """Return ‖M - U·S·Vᵀ‖² by one more pass."""
+        right = (triples.v * triples.s.to(triples.v.dtype)).mT
+        return sum(
+            squared_norm(torch.addmm(self._tile_at(t), triples.u[top:bottom], right, alpha=-1))
+            for t, (top, bottom) in enumerate(self._rows)
+        )
 
 
 @dataclass(frozen=True)
@@ -143,6 +166,12 @@ class FactorSum:
         inside = torch.cat([block.mT @ self._probes for block in space.explored])
         rest = self._probed - space.left.combine(space.triangle @ inside.double())
         return squared_norm(rest) / rest.shape[1]
+
+    def distance(self, triples: Truncation) -> float:
+        """Return the estimate from the probes, which cancels nothing."""
+        assert self._probed is not None, "a pass has been made"
+        inner = (triples.v.mT @ self._probes) * triples.s.to(triples.v.dtype)[:, None]
+        return squared_norm(self._probed - triples.u @ inner) / self._probes.shape[1]
 
     def _image(self, block: torch.Tensor) -> torch.Tensor:
         image = block.new_zeros(self._m, block.shape[1])
@@ -242,16 +271,18 @@ def _ritz(space: Space, coupling: torch.Tensor, rank: int, outside: float) -> Tr
     p, s, c = torch.linalg.svd(space.triangle)
     norms = (coupling @ c[:rank, -coupling.shape[1] :].mT).square().sum(0)
     theta = s.square()
-    energy = outside + float(theta.sum())
+    energy, lost = outside + float(theta.sum()), outside + float(theta[rank:].sum())
     missed, pair_error = estimate_errors(theta, norms)
     return Truncation(
         u=space.left.combine(p[:, :rank]),
         s=s[:rank],
         v=space.right.combine(c[:rank].mT),
         energy=energy,
+        lost=lost,
         missed=missed,
         passes=len(space.left.blocks),
-        converged=is_converged(theta, rank, energy, missed, pair_error),
+        converged=lost <= ZERO_TOLERANCE**2 * energy
+        or is_converged(theta, rank, lost, missed, pair_error),
     )
 
 
@@ -277,31 +308,27 @@ def estimate_errors(theta: torch.Tensor, norms: torch.Tensor) -> tuple[float, fl
 
 
 def is_converged(
-    theta: torch.Tensor, rank: int, energy: float, missed: float, pair_error: float
+    theta: torch.Tensor, rank: int, lost: float, missed: float, pair_error: float
 ) -> bool:
     """Return whether the certificate holds.
 
-    The residual's norm must be within 1e-4 of the best possible, or be rounding. Where σ_R stands
-    clear of σ_{R+1} the best approximation is unique, and the pair itself is brought close to it.
-
+    The residual's norm must be within 1e-4 of the best possible. Where σ_R stands clear of
+    σ_{R+1} the best approximation is unique, and the pair itself is brought close to it.
     Args:
         theta: squared Ritz values, falling.
         rank: how many are kept.
-        energy: ‖M‖²_F.
+        lost: energy of the residual.
         missed: as `estimate_errors` gives it.
         pair_error: as `estimate_errors` gives it.
     """
-    kept = float(theta[:rank].sum())
-    lost = max(0.0, energy - kept)
-    if lost <= ZERO_TOLERANCE**2 * energy:
-        return True
     if residual_excess(missed, lost) > ENERGY_TOLERANCE:
         return False
     following = float(theta[rank]) if len(theta) > rank else 0.0
     clear = float(theta[rank - 1]) >= GAP**2 * following
-    return not clear or pair_error <= PAIR_TOLERANCE * math.sqrt(kept)
+    return not clear or pair_error <= PAIR_TOLERANCE * math.sqrt(float(theta[:rank].sum()))
 
 
 def squared_norm(tile: torch.Tensor) -> float:
-    """Return ‖tile‖²_F, added up in float64."""
-    return float(tile.double().square().sum())
+    """Return ‖tile‖²_F: short sums in the tile's dtype, added up in float64."""
+    rows = torch.linalg.vector_norm(tile, dim=1)
+    return float(rows.double().square().sum())

@@ -16,11 +16,11 @@ from streammerge.errors import BudgetError, ExtraTensorsError, IncompatibleError
 from streammerge.planner.align import Alignment, Group, align, check_shapes, gather
 from streammerge.planner.cost import arithmetic, prefers_scratch
 from streammerge.planner.layout import Pair, lay_out
-from streammerge.planner.memory import Holding, factor_bytes, project, tile_bytes
+from streammerge.planner.memory import Holding, factor_bytes, project, stack_bytes, tile_bytes
 from streammerge.planner.output_config import output_config
 from streammerge.planner.routes import Course, Shape, choose_course
 from streammerge.planner.scaling import scalings
-from streammerge.plans import Plan, Region, Sources, Task, row_tiles
+from streammerge.plans import Plan, Region, Sources, Task, flat_tiles, longest, row_tiles
 from streammerge.recipe import Recipe
 
 TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -59,6 +59,7 @@ def make_plan(
     rule, space = resolve_method(recipe)
     notices = [*_check_extras(adapters, recipe.extras), *_check_bases(adapters, recipe)]
     scaling = [scalings(adapter, recipe.scaling) for adapter in adapters]
+    _check_range(adapters, recipe, scaling)
     alignment = align(adapters, recipe.include, recipe.exclude)
     check_shapes(adapters, alignment, equal_ranks=space.equal_ranks)
     dtype = output_dtype(adapters, alignment, recipe.dtype)
@@ -133,6 +134,21 @@ def _check_options(recipe: Recipe, rule: RuleSpec, space: SpaceSpec) -> None:
         if getattr(recipe, option) is not None and not space.truncates:
             raise RecipeError(
                 f"{option} does not go with {what}, which truncates nothing", option=option
+            )
+
+
+def _check_range(
+    adapters: Sequence[Adapter], recipe: Recipe, scaling: Sequence[npt.NDArray[np.float64]]
+) -> None:
+    """Check that the compute dtype can hold every weight times every scaling."""
+    limit = float(np.finfo(recipe.compute_dtype).max)
+    for adapter, weight, values in zip(adapters, recipe.weights, scaling, strict=True):
+        largest = max(abs(weight), float(np.abs(values).max() * max(1.0, abs(weight))))
+        if not largest <= limit:
+            raise RecipeError(
+                f"{adapter.path}: weight {weight:g} times its scaling leaves the range of "
+                f"{recipe.compute_dtype}",
+                option="weights",
             )
 
 
@@ -281,6 +297,7 @@ def _task(
         resident=holding.tiles,
         spilled=spilled,
         factors=holding.factors,
+        stacked=holding.stacked,
         block=course.block,
         passes=course.passes,
         read_bytes=shape.source_bytes,
@@ -295,17 +312,32 @@ def _task(
 def _hold(draft: _Draft, rule: RuleSpec, task_bytes: int) -> Holding:
     """Return what a streamed task keeps in memory: first A's, then tiles, as many as fit."""
     shape = draft.shape
-    if draft.course.route not in ("dense", "krylov"):
+    if draft.course.route not in ("fold", "dense", "krylov"):
         return Holding()
     room = task_bytes - _least(draft, rule)
-    factors = 0
-    while factors < len(shape.ranks) and factor_bytes(shape, factors + 1) <= room:
-        factors += 1
-    if draft.course.route == "dense":
-        # Each tile is made once for the matrix, which is held as a whole.
-        return Holding(factors=factors)
+    factors = _held_factors(shape, room) if draft.course.route != "fold" else 0
     room -= factor_bytes(shape, factors)
-    return Holding(min(len(row_tiles(shape.m, shape.n)), room // tile_bytes(shape)), factors)
+    stack = stack_bytes(shape, _tile_elements(draft))
+    stacked = rule.sweeps > 1 and stack <= room
+    room -= stack if stacked else 0
+    if draft.course.route != "krylov":
+        # Each tile is made once: for the output, or for a matrix that is held as a whole.
+        return Holding(factors=factors, stacked=stacked)
+    tiles = min(len(row_tiles(shape.m, shape.n)), room // tile_bytes(shape))
+    return Holding(tiles, factors, stacked)
+
+
+def _held_factors(shape: Shape, room: int) -> int:
+    """Return of how many sources the A fits into `room` bytes."""
+    sizes = np.cumsum(shape.ranks) * shape.n * shape.item
+    return int(np.searchsorted(sizes, room, side="right"))
+
+
+def _tile_elements(draft: _Draft) -> int:
+    shape = draft.shape
+    if draft.course.route == "fold":
+        return max(longest(flat_tiles(shape.rank * side)) for side in (shape.m, shape.n))
+    return longest(row_tiles(shape.m, shape.n)) * shape.n
 
 
 def _pair(adapters: Sequence[Adapter], alignment: Alignment, draft: _Draft) -> Pair:

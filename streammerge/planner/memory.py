@@ -12,14 +12,11 @@ from streammerge.catalog import RuleSpec
 from streammerge.planner.routes import Course, Shape
 from streammerge.plans import factor_rows, flat_tiles, longest, row_tiles
 
-HISTOGRAM_BYTES = 65536 * 8
-"""One count for each 16-bit digit."""
-
-SLACK_BYTES = 6 * 1024**2
+SLACK_BYTES = 8 * 1024**2
 """Allocator rounding, small tensors of a task, and pages of files at both ends of a window."""
 
-PAIR_COPIES = 4
-"""Output factors: as combined, balanced, as written and for the certificate."""
+COUNTER_BYTES = 4 * 1024**2
+"""Histogram and chunk buffers of one threshold's search, or of one stream of random bits."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +27,8 @@ class Holding:
     """Tiles of the merged matrix."""
     factors: int = 0
     """Sources whose A is kept, in the compute dtype."""
+    stacked: bool = False
+    """Whether a tile of every source is kept between a rule's sweeps."""
 
 
 def tile_bytes(shape: Shape) -> int:
@@ -46,7 +45,7 @@ def project(course: Course, rule: RuleSpec, shape: Shape, holding: Holding) -> i
     """Return the bytes that a task holds at most."""
     parts = {
         "concatenate": lambda: _concatenate(shape),
-        "fold": lambda: _fold(rule, shape),
+        "fold": lambda: _fold(rule, shape, holding),
         "core": lambda: _core(shape),
         "sum": lambda: _sum(shape, course),
         "dense": lambda: _streamed(rule, shape, holding) + _dense(shape),
@@ -64,12 +63,11 @@ def _concatenate(shape: Shape) -> int:
     return elements * (2 * shape.item + shape.stored_item + shape.out_item)
 
 
-def _fold(rule: RuleSpec, shape: Shape) -> int:
-    """The rule's buffers for one tile, the incoming one stored and converted, the result cast."""
+def _fold(rule: RuleSpec, shape: Shape, holding: Holding) -> int:
+    """One tile of A or B: of the sources, stored and converted; the rule's buffers; cast."""
     elements = max(longest(flat_tiles(shape.rank * side)) for side in (shape.m, shape.n))
-    return elements * (_rule_bytes(rule, shape) + shape.stored_item + shape.out_item) + _selection(
-        rule
-    )
+    stored = elements * (shape.stored_item + shape.out_item)
+    return stored + _rule(rule, shape, elements, holding)
 
 
 def _core(shape: Shape) -> int:
@@ -94,18 +92,25 @@ def _streamed(rule: RuleSpec, shape: Shape, holding: Holding) -> int:
     """What is kept, one more A as it is read, and the buffers of a tile in the making."""
     rows, rank = longest(row_tiles(shape.m, shape.n)), max(shape.ranks)
     incoming = rank * (shape.n + rows) * (shape.item + shape.stored_item)
-    tile = rows * shape.n * (_rule_bytes(rule, shape) + shape.item)
     kept = holding.tiles * tile_bytes(shape) + factor_bytes(shape, holding.factors)
-    return kept + incoming + tile + _selection(rule)
+    return kept + incoming + _rule(rule, shape, rows * shape.n, holding)
 
 
-def _rule_bytes(rule: RuleSpec, shape: Shape) -> int:
-    """Bytes that a rule holds for each element of a tile; random bits are 64-bit integers."""
-    return rule.tile_buffers * shape.item + (24 if rule.needs_seed else 0)
+def stack_bytes(shape: Shape, tile_elements: int) -> int:
+    """Bytes of the tiles that a stack holds beyond the one that is always there."""
+    return (len(shape.ranks) - 1) * tile_elements * shape.item
 
 
-def _selection(rule: RuleSpec) -> int:
-    return 4 * HISTOGRAM_BYTES if rule.sparsity == "largest" else 0
+def _rule(rule: RuleSpec, shape: Shape, elements: int, holding: Holding) -> int:
+    """A tile of one source, or of all; what the rule needs besides; what finds its thresholds."""
+    held = elements * (1 + rule.tile_buffers) * shape.item
+    if holding.stacked:
+        held += stack_bytes(shape, elements)
+    if rule.sparsity == "none":
+        return held
+    # Among equals at a threshold places are counted: magnitudes, a mask, and 64-bit places.
+    equals = elements * (shape.item + 1 + 8) if rule.sparsity == "largest" else 0
+    return max(held, elements * shape.item + equals) + COUNTER_BYTES + equals
 
 
 def _dense(shape: Shape) -> int:
@@ -123,4 +128,10 @@ def _krylov(shape: Shape, course: Course) -> int:
 
 
 def _pair(shape: Shape) -> int:
-    return (shape.m + shape.n) * shape.rank * (PAIR_COPIES * shape.item + shape.out_item + 16)
+    """U and V, A turned, and some rows of either as they are written and judged."""
+    pair = (shape.m + 2 * shape.n) * shape.rank * shape.item
+    rows = max(
+        longest(factor_rows(side, other)) * other
+        for side, other in ((shape.m, shape.rank), (shape.n, shape.rank), (shape.rank, shape.n))
+    )
+    return pair + rows * (2 * shape.item + shape.out_item + 2 * 8)

@@ -14,7 +14,10 @@ KRYLOV_PASSES = 10
 """Passes planned at most; flat spectra take 3 to 10, others 3 or 4."""
 
 KRYLOV_ELEMENTS = 2**25
-"""The basis is planned with at most so many elements, as long as that leaves MIN_PASSES."""
+"""The bases are planned with at most so many elements, as long as that leaves MIN_PASSES."""
+
+KRYLOV_COLUMNS = 1024
+"""And with at most so many columns: the SVD of the triangle is done in float64."""
 
 MIN_PASSES = 3
 
@@ -94,5 +97,5 @@ def _core_pays(shape: Shape, block: int) -> bool:
 
 
 def _passes(shape: Shape, block: int) -> int:
-    affordable = KRYLOV_ELEMENTS // (block * (shape.m + shape.n)) - 1
+    affordable = min(KRYLOV_ELEMENTS // (block * (shape.m + shape.n)) - 1, KRYLOV_COLUMNS // block)
     return min(KRYLOV_PASSES, shape.small // block, max(MIN_PASSES, affordable))

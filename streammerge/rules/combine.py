@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
-Tensors = Callable[[], Iterator[torch.Tensor]]
+from streammerge.rules.tile import Tensors
 
 
 def weighted_sum(tensors: Tensors, weights: Sequence[float]) -> torch.Tensor:
@@ -27,13 +27,16 @@ def elect(tensors: Tensors, majority_sign: str) -> torch.Tensor:
     `calculate_majority_sign_mask`.)
     """
     score: torch.Tensor | None = None
+    vote: torch.Tensor | None = None
     for x in tensors():
-        vote = x.sign() if majority_sign == "frequency" else x
         if score is None:
             score = torch.zeros_like(x)
-        score.add_(vote)
+        if majority_sign == "frequency":
+            vote = torch.sign(x, out=vote)
+        score.add_(x if vote is None else vote)
     assert score is not None, "a target has at least one source"
-    return torch.where(score >= 0, 1.0, -1.0).to(score.dtype)
+    # A sum that starts at +0 is never -0, so its sign bit is set only below zero.
+    return torch.copysign(torch.ones((), dtype=score.dtype, device=score.device), score, out=score)
 
 
 def disjoint_mean(
@@ -43,10 +46,11 @@ def disjoint_mean(
 
     An exact zero has no sign: it neither counts nor contributes. (PEFT's `disjoint_merge`.)
     """
-    total = torch.zeros_like(elected)
-    count = torch.zeros_like(elected)
+    total, count = torch.zeros_like(elected), torch.zeros_like(elected)
+    part: torch.Tensor | None = None
     for x, weight in zip(tensors(), weights, strict=True):
-        agrees = x.sign() == elected
-        count.add_(agrees)
-        total.add_(torch.where(agrees, x, 0.0), alpha=weight)
-    return total.div_(count.clamp_(min=1.0))
+        # x·e is |x| where the signs agree and negative where not; signs cost no rounding.
+        part = torch.mul(x, elected, out=part).clamp_(min=0.0)
+        total.add_(part, alpha=weight)
+        count.add_(part.sign_())
+    return total.mul_(elected).div_(count.clamp_(min=1.0))

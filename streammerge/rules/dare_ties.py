@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from streammerge.rules.combine import disjoint_mean, elect
@@ -12,8 +10,4 @@ from streammerge.rules.tile import Tile
 
 def dare_ties(tile: Tile) -> torch.Tensor:
     """Return the disjoint mean of random elements of each x_i, rescaled by 1/density."""
-
-    def dropped() -> Iterator[torch.Tensor]:
-        return (tile.random(i, x) for i, x in enumerate(tile.tensors()))
-
-    return disjoint_mean(dropped, tile.weights, elect(dropped, tile.majority_sign))
+    return disjoint_mean(tile.random, tile.weights, elect(tile.random, tile.majority_sign))

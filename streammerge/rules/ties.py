@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from streammerge.rules.combine import disjoint_mean, elect
@@ -12,8 +10,4 @@ from streammerge.rules.tile import Tile
 
 def ties(tile: Tile) -> torch.Tensor:
     """Return the disjoint mean of the int(density·numel) largest of each x_i."""
-
-    def trimmed() -> Iterator[torch.Tensor]:
-        return (tile.largest(i, x) for i, x in enumerate(tile.tensors()))
-
-    return disjoint_mean(trimmed, tile.weights, elect(trimmed, tile.majority_sign))
+    return disjoint_mean(tile.largest, tile.weights, elect(tile.largest, tile.majority_sign))

@@ -7,22 +7,24 @@ from dataclasses import dataclass
 
 import torch
 
+Tensors = Callable[[], Iterator[torch.Tensor]]
+"""Goes over N tensors in the adapters' order, each time it is called.
+
+A tensor is made when it is asked for and holds its values until the next one is, so that a
+thousand adapters take no more memory than two. A rule must not write to it.
+"""
+
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile of the N tensors that are to become one.
+    """One tile of the N tensors that are to become one."""
 
-    The tensors are made when they are asked for, one at a time, so that a thousand adapters take
-    no more memory than two.
-    """
-
-    tensors: Callable[[], Iterator[torch.Tensor]]
-    """Each call goes over the N tensors in the adapters' order. A tensor may be overwritten by
-    the rule, and holds its values only until the next one is asked for."""
-    largest: Callable[[int, torch.Tensor], torch.Tensor]
-    """Returns tensor i with only its largest magnitudes, as its threshold over all tiles says."""
-    random: Callable[[int, torch.Tensor], torch.Tensor]
-    """Returns tensor i with random elements kept, each divided by the density."""
+    tensors: Tensors
+    """As they are."""
+    largest: Tensors
+    """With only their largest magnitudes, by each tensor's threshold over all tiles."""
+    random: Tensors
+    """With random elements kept, divided by the density."""
     weights: Sequence[float]
     majority_sign: str
     """"total": the sign of the sum; "frequency": the sign that more of them have."""

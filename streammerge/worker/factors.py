@@ -35,8 +35,13 @@ class FactorReader:
         self._hash = xxhash.xxh3_128()
         self._hashed = 0
 
-    def elements(self, start: int, stop: int) -> torch.Tensor:
-        """Return elements start … stop - 1, in file order, as a tensor of their own.
+    def elements(self, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return elements start … stop - 1, in file order, as a flat tensor that may be written to.
+
+        Args:
+            start: first element.
+            stop: one behind the last.
+            out: a flat buffer that they are put into, when given.
 
         Raises:
             NonFiniteError: one of them is NaN or infinite.
@@ -47,11 +52,12 @@ class FactorReader:
         if start == self._hashed:
             self._hash.update(window.data)
             self._hashed = stop
-        values = _view(window, self._stored).to(self._dtype, copy=True)
+        values = self.new_empty((stop - start,)) if out is None else out[: stop - start]
+        values.copy_(_view(window, self._stored))
         # A sum is finite only if all its terms are; it may overflow without them, hence the look.
         if not torch.isfinite(values.sum()):
             self._refuse_non_finite(values)
-        return values.to(self._device)
+        return values
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Return rows start … stop - 1 as a matrix; what follows the first dimension is one."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,6 +16,12 @@ from streammerge.kernels.tiles import RuleOptions
 from streammerge.output.writer import RegionWriter
 from streammerge.plans import Plan, Region
 from streammerge.readers.windows import OpenFiles, mapped, pread
+
+_M_MMAP_THRESHOLD = -3
+"""mallopt(3)."""
+
+MAPPED_BYTES = 256 * 1024
+"""Tensors of at least this size are mapped."""
 
 
 class Job:
@@ -45,6 +52,17 @@ class Job:
         return RegionWriter(path, self.starts[region.file], region)
 
 
+def steady_allocator() -> None:
+    """Have every large tensor mapped on its own, so that its memory goes back when it is freed.
+
+    glibc raises the limit above which it maps after each large free, and then keeps and splinters
+    aligned blocks: a task that holds 230 MiB has taken 380 MiB that way. Elsewhere this does
+    nothing.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
+
+
 @contextmanager
 def one_thread_each() -> Iterator[None]:
     """Let torch use one thread for each operation, as long as the block lasts.
@@ -71,20 +89,21 @@ def fingerprint() -> dict[str, str]:
     }
 
 
-def measure_process(threads: int) -> int:
-    """Load and warm up what tasks use, on as many threads, and return what the process holds.
+def measure_process() -> int:
+    """Load and warm up what tasks use, and return what the process holds then.
 
-    BLAS and LAPACK allocate buffers of their own at their first calls, some for each thread.
+    BLAS and LAPACK allocate buffers of their own at their first calls.
     """
-    with one_thread_each(), ThreadPoolExecutor(threads) as pool:
-        for future in [pool.submit(_warm_up) for _ in range(threads)]:
-            future.result()
+    _warm_up()
     return resident_bytes()
 
 
+@cache
 def _warm_up() -> None:
-    torch.set_num_threads(1)
-    matrix = torch.ones(256, 256)
-    torch.linalg.qr(matrix)
-    for values in (matrix @ matrix, matrix.double()):
-        torch.linalg.svd(values)
+    """Make the first calls, once in a process."""
+    steady_allocator()
+    with one_thread_each():
+        matrix = torch.ones(256, 256)
+        torch.linalg.qr(matrix)
+        for values in (matrix @ matrix, matrix.double()):
+            torch.linalg.svd(values)

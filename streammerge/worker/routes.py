@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,7 +22,7 @@ from streammerge.lowrank import (
 )
 from streammerge.output.scratch import ScratchFile
 from streammerge.output.writer import RegionWriter
-from streammerge.plans import Task, factor_rows, flat_tiles, longest, row_tiles
+from streammerge.plans import Task, factor_rows, flat_tiles, row_tiles
 from streammerge.spaces.delta import delta_tile
 from streammerge.spaces.exact import stack_weights
 from streammerge.spaces.factor import factor_weights
@@ -31,7 +31,7 @@ from streammerge.worker.job import Job
 from streammerge.worker.receipt import Certificate
 
 Spans = Sequence[tuple[int, int]]
-TileOf = Callable[[int, int], torch.Tensor]
+Fill = Callable[[int, int, torch.Tensor], torch.Tensor]
 
 PROBES = 8
 """Gaussian vectors that estimate what an iteration on factors does not see."""
@@ -91,17 +91,22 @@ def _fold(work: Work) -> None:
         spans = flat_tiles(readers[0].factor.elements)
         operands = Operands(
             spans=spans,
-            tile=_factor_tiles(readers, spans),
+            fill=_factor_tiles(readers, spans),
+            new_buffer=_new_buffer(readers[0]),
             keys=sources.keys(job, work.task.target, side),
             weights=side_weights,
         )
-        tile_at = merged_tiles(operands, job.options)
+        tile_at = merged_tiles(operands, job.options, stacked=work.task.stacked)
         for t in range(len(spans)):
             _write(job, writer, tile_at(t))
 
 
-def _factor_tiles(readers: Sequence[FactorReader], spans: Spans) -> TileOf:
-    return lambda i, t: readers[i].elements(*spans[t])
+def _factor_tiles(readers: Sequence[FactorReader], spans: Spans) -> Fill:
+    return lambda i, t, buffer: readers[i].elements(*spans[t], out=buffer)
+
+
+def _new_buffer(reader: FactorReader) -> Callable[[int], torch.Tensor]:
+    return lambda elements: reader.new_empty((elements,))
 
 
 def _core(work: Work) -> Truncation:
@@ -149,11 +154,12 @@ def _stream(work: Work) -> Truncation:
     rows = row_tiles(task.m, task.n)
     operands = Operands(
         spans=[(start * task.n, stop * task.n) for start, stop in rows],
-        tile=_delta_tiles(sources, rows, task),
+        fill=_delta_tiles(sources, rows, task),
+        new_buffer=_new_buffer(sources.a[0]),
         keys=sources.keys(job, task.target, "delta"),
         weights=sources.weights,
     )
-    tile_at = merged_tiles(operands, job.options)
+    tile_at = merged_tiles(operands, job.options, stacked=task.stacked)
     if task.route == "dense":
         return dense(tile_at, rows, task.rank)
     start = _gaussian(work, "krylov", task.block)
@@ -162,18 +168,18 @@ def _stream(work: Work) -> Truncation:
         return block_krylov(TiledMatrix(held, rows), task.rank, start, task.passes)
 
 
-def _delta_tiles(sources: Sources, rows: Spans, task: Task) -> TileOf:
-    """Return the function from (i, t) to tile t of delta i; all share one buffer."""
+def _delta_tiles(sources: Sources, rows: Spans, task: Task) -> Fill:
+    """Return the function that puts tile t of delta i into a buffer."""
     kept = [reader.whole() for reader in sources.a[: task.factors]]
-    buffer = sources.a[0].new_empty((longest(list(rows)), task.n))
 
-    def tile(i: int, t: int) -> torch.Tensor:
+    def fill(i: int, t: int, buffer: torch.Tensor) -> torch.Tensor:
         start, stop = rows[t]
         a = kept[i] if i < len(kept) else sources.a[i].whole()
         b = sources.b[i].rows(start, stop)
-        return delta_tile(b, a, sources.scalings[i], out=buffer[: stop - start])
+        out = buffer[: (stop - start) * task.n].view(stop - start, task.n)
+        return delta_tile(b, a, sources.scalings[i], out=out)
 
-    return tile
+    return fill
 
 
 class SpilledTiles:
@@ -216,16 +222,40 @@ def _gaussian(work: Work, purpose: str, columns: int) -> torch.Tensor:
 
 
 def _write_pair(work: Work, triples: Truncation) -> Certificate:
-    job, clamp = work.job, work.job.plan.recipe["clamp"]
-    best_b, best_a = balanced_pair(triples)
-    b_pair, a_pair = best_b, best_a
-    if clamp is not None:
-        b_pair, a_pair, limit = clamped_pair(triples, float(clamp))
+    """Write B and A, rows by rows, and judge them as written."""
+    clamp = work.job.plan.recipe["clamp"]
+    if clamp is None:
+        b, a_turned = balanced_pair(triples)
+        rounding = _write_factors(work, b, a_turned)
+    else:
+        best_b, best_a = balanced_pair(replace(triples, u=triples.u.clone(), v=triples.v.clone()))
+        b, a_turned, limit = clamped_pair(triples, float(clamp))
         if limit < 0:
             raise ClampError(target=work.task.target, quantile=float(clamp), limit=limit)
-    b_written, a_written = _write(job, work.b, b_pair), _write(job, work.a, a_pair)
-    rounding = rounding_energy(best_b, best_a, b_written.to(job.dtype), a_written.to(job.dtype))
+        _write_factors(work, b, a_turned)
+        rounding = rounding_energy([(best_b, b)], [(best_a, a_turned)])
     return _certify(triples, rounding)
+
+
+def _write_factors(work: Work, b: torch.Tensor, a_turned: torch.Tensor) -> float:
+    """Write B (m × R) and A, given as Aᵀ (n × R); return the energy that the dtype rounds off."""
+    rank = b.shape[1]
+    for start, stop in factor_rows(len(b), rank):
+        _write(work.job, work.b, b[start:stop])
+    # A is written by rows, R × n, so it is turned first; B's rows lie as they are written.
+    a = a_turned.mT.contiguous()
+    for start, stop in factor_rows(rank, a.shape[1]):
+        _write(work.job, work.a, a[start:stop])
+    if work.job.output_dtype == work.job.dtype:
+        return 0.0
+    rows = [_rounded(x, work.job.output_dtype) for x in (b, a_turned)]
+    return rounding_energy(*rows)
+
+
+def _rounded(x: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield ranges of rows, as they are and as they are written."""
+    for start, stop in factor_rows(*x.shape):
+        yield x[start:stop], x[start:stop].to(dtype)
 
 
 def _certify(triples: Truncation, rounding: float) -> Certificate:
@@ -248,7 +278,8 @@ def _write(job: Job, writer: RegionWriter, values: torch.Tensor) -> torch.Tensor
         OutputOverflowError: one of them does not fit.
     """
     cast = values.to(job.output_dtype).contiguous()
-    if job.output_dtype != values.dtype and not torch.isfinite(cast.sum()):
+    # A sum is finite only if all its terms are; it may overflow without them, hence the look.
+    if not torch.isfinite(cast.sum()):
         wrong = values[~torch.isfinite(cast)]
         if len(wrong):
             raise OutputOverflowError(

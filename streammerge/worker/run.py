@@ -12,12 +12,14 @@ from dataclasses import replace
 
 import torch
 
-from streammerge.errors import MemoryExhaustedError
+from streammerge.errors import ComputeOverflowError, MemoryExhaustedError
 from streammerge.plans import Task
 from streammerge.worker.factors import Sources
 from streammerge.worker.job import Job
 from streammerge.worker.receipt import Receipt
 from streammerge.worker.routes import Work, merge_target
+
+_LINALG_ERROR: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 _CPU = torch.device("cpu")
 
@@ -41,6 +43,12 @@ def run_task(job: Job, task: Task) -> Receipt:
         except torch.OutOfMemoryError as error:
             failure = error
             continue
+        except (FloatingPointError, _LINALG_ERROR) as error:
+            # The inputs were checked, so these speak of what was made of them; LAPACK refuses
+            # NaN and infinity.
+            raise ComputeOverflowError(
+                target=task.target, dtype=str(job.dtype).removeprefix("torch.")
+            ) from error
         except (MemoryError, RuntimeError) as error:
             if not _is_exhaustion(error):
                 raise
@@ -51,7 +59,7 @@ def run_task(job: Job, task: Task) -> Receipt:
 
 def _attempts(device: torch.device, task: Task) -> Iterator[tuple[torch.device, Task]]:
     """Yield where and how a task is tried, with less memory each time."""
-    lean = replace(task, resident=0, spilled=0, factors=0)
+    lean = replace(task, resident=0, spilled=0, factors=0, stacked=False)
     yield device, task
     if lean != task:
         yield device, lean
