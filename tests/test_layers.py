@@ -34,7 +34,7 @@ INIT = "__init__"
 # What is public: the calls, the errors, and the two types that the calls return.
 INIT_MAY_IMPORT = {"api", "errors", "adapter", "plans"}
 STANDARD_LIBRARY_ONLY = {"errors", "budget"}
-# Seconds and some 200 MiB that a plan, a refusal and a page of help do without.
+# Reading headers, planning and showing help are pure arithmetic and text.
 WITHOUT_TORCH = {INIT, "cli", "readers", "output"}.union(*LAYERS[:4])
 IMPORTS_TORCH = {"torch", "safetensors.torch", "peft", "transformers"}
 

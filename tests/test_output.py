@@ -510,8 +510,9 @@ FLIPS = 160
 @pytest.fixture(scope="module")
 def outputs(sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("outputs")
-    merge(sources, folder / "one", rank=2)
-    merge(sources, folder / "several", rank=2, max_shard_size=300)
+    options = {"rank": 2, "weights": [1e-5, 1.0]}
+    merge(sources, folder / "one", **options)
+    merge(sources, folder / "several", max_shard_size=300, **options)
     return {name: folder / name for name in ("one", "several")}
 
 
@@ -569,6 +570,7 @@ def test_a_flipped_bit_of_the_record_is_found(
     random = np.random.default_rng(1).choice(len(text) * 8, FLIPS, replace=False).tolist()
     cases = [match.start() * 8 + 5 for match in re.finditer(rb"(?<=\d)e(?=-\d)", text)]
     digits = [(match.end() - 1) * 8 for match in re.finditer(rb"\d\.\d{15,}(?=[,\ne])", text)]
+    assert cases
     assert digits
     missed = []
     for bit in [*random, *cases, *digits]:

@@ -173,9 +173,10 @@ def test_same_bytes(kind: str, method: str, saved: Saved, disk: str, tmp_path: P
     adapters, options = saved(kind), options_for(method)
     least, tile = least_room(adapters, options), max(heights(LARGE)) * TARGETS[LARGE].a[1] * 4
     factors = 3 * 6 * TARGETS[LARGE].a[1] * 4
+    stack = 2 * tile if RULES[METHODS[method].rule].sweeps > 1 else 0
     settings = {
         "small": Setting(least),
-        "medium": Setting(least + factors + 2 * tile),
+        "medium": Setting(least + factors + stack + 2 * tile),
         "large": Setting(2**30),
         "two workers, small": Setting(least, workers=2),
         "two workers, large": Setting(2**30, workers=2),

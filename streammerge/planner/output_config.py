@@ -7,7 +7,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streammerge.adapter import Adapter
+from streammerge.adapter import Adapter, AdapterConfig
+
+_FINER = ("exclude_modules", "layers_to_transform", "layers_pattern")
+"""Config keys by which an adapter has fewer targets than its target_modules match."""
+
+MAX_BRANCHES = 2000
+"""Targets that are written as one regular expression at most."""
 
 _TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """PEFT adds a trained head to these of its own accord and fails if the file has none."""
@@ -38,12 +44,30 @@ def output_config(
         "r": rank,
         "rank_pattern": pattern,
         "revision": _agreed([c.raw.get("revision") for c in configs]),
-        "target_modules": sorted(ranks),
+        "target_modules": _target_modules(configs, sorted(ranks)),
         "task_type": task_type,
         "use_dora": False,
         "use_rslora": False,
     }
     return config, notices
+
+
+def _target_modules(configs: Sequence[AdapterConfig], targets: list[str]) -> list[str] | str:
+    """Return target_modules that match these targets and no other module of the base.
+
+    PEFT takes an entry of a list for any module whose path ends in it behind a dot, and a string
+    for a regular expression on whole paths. A list of paths is exact where the sources' were
+    lists: a module that ends in one of these paths would have been matched, and be in the files.
+    Where a source chose more finely only a string is exact; PEFT tries its branches one by one,
+    so that a very long one would take it too long.
+    """
+    finely = any(
+        isinstance(c.raw.get("target_modules"), str) or any(c.raw.get(key) for key in _FINER)
+        for c in configs
+    )
+    if finely and len(targets) <= MAX_BRANCHES:
+        return "|".join(re.escape(target) for target in targets)
+    return targets
 
 
 def rank_pattern(ranks: Mapping[str, int], rank: int) -> dict[str, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from streammerge.adapter import Adapter
-from streammerge.budget import resident_bytes
+from streammerge.budget import resident_bytes, round_process
 from streammerge.kernels.tiles import RuleOptions
 from streammerge.output.writer import RegionWriter
 from streammerge.plans import Plan, Region
@@ -90,12 +90,12 @@ def fingerprint() -> dict[str, str]:
 
 
 def measure_process() -> int:
-    """Load and warm up what tasks use, and return what the process holds then.
+    """Load and warm up what tasks use, and return what is reserved for the process then.
 
     BLAS and LAPACK allocate buffers of their own at their first calls.
     """
     _warm_up()
-    return resident_bytes()
+    return round_process(resident_bytes())
 
 
 @cache
