@@ -233,12 +233,12 @@ def merge(
     )
     for notice in planned.notices:
         tell(events.Notice(notice))
-    with Staging(Path(output)) as staging:
+    with Staging(Path(output), overwrite=overwrite) as staging:
         receipts, modules = run_plan(planned, manifests, staging.path, tell)
         seconds = time.perf_counter() - began
         timings = {receipt.target: receipt.seconds for receipt in receipts}
         write_timings(staging.path, timings, seconds)
-        staging.publish(overwrite=overwrite)
+        staging.publish()
     tell(events.Published(os.fspath(output), planned.write_bytes))
     late = _late_notices(modules)
     for notice in late:

@@ -27,6 +27,8 @@ StreammergeError
 
 from __future__ import annotations
 
+import math
+
 
 class StreammergeError(Exception):
     """Root of the tree; `exit_code` is what the command line returns."""
@@ -187,22 +189,24 @@ class MergeFailedError(StreammergeError):
 
 
 class NonFiniteError(MergeFailedError, ValueError):
-    """NaN or infinity in an input tensor.
+    """NaN or infinity in an input tensor, or a float64 number beyond the compute dtype.
 
     Attributes:
         path: the file.
         tensor: the tensor's full name in it.
-        value: "nan" or "inf".
+        value: "NaN", "infinity", or the number.
     """
 
-    def __init__(self, *, path: str, tensor: str, value: str) -> None:
-        super().__init__(
-            f"{path}: {tensor}: holds {value}; a merge would spread it over the whole target. "
-            "Leave this adapter out, or repair it"
-        )
+    def __init__(self, *, path: str, tensor: str, value: float) -> None:
+        name = "NaN" if math.isnan(value) else "infinity"
+        what = f"{name}; a merge would spread it over the whole target. Leave this adapter out"
+        if math.isfinite(value):
+            name = f"{value:g}"
+            what = f"{name}, which float32 cannot hold; use compute dtype float64"
+        super().__init__(f"{path}: {tensor}: holds {what}, or repair it")
         self.path = path
         self.tensor = tensor
-        self.value = value
+        self.value = name
 
 
 class ComputeOverflowError(MergeFailedError, OverflowError):

@@ -114,7 +114,7 @@ class OutputFile:
     data_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sources:
     """Which rows of which manifests take part, task by task; columns of equal length."""
 
@@ -124,6 +124,14 @@ class Sources:
 
     def __len__(self) -> int:
         return len(self.adapter)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sources) and all(
+            np.array_equal(mine, theirs)
+            for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
 
 
 @dataclass(frozen=True, repr=False)

@@ -77,7 +77,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as JSON can hold it; `Recipe.from_dict` takes it back."""
-        return asdict(self)
+        fields = asdict(self)
+        return {**fields, "adapters": list(self.adapters), "weights": list(self.weights)}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Recipe:

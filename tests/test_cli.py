@@ -270,9 +270,8 @@ def test_plan_for_machines(adapters: list[str]) -> None:
     assert theirs == ours
 
 
-# FAULT planner/make.py, fit: what the process itself takes is measured anew in each process, and
-# differs by some 50 KB, so that the smallest budget that is named is refused next time.
 def test_the_smallest_budget_that_is_named_works(adapters: list[str]) -> None:
+    """In the next process too, which measures anew what it takes itself."""
     refused = run("plan", *adapters, "--max-memory=1MiB", "--workers=1")
     assert refused.returncode == 2
     named = re.search(r"\((\d+) bytes\) at least", refused.stderr)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 LAYERS = (
     {"errors"},
     {"budget"},
-    {"catalog", "plans", "recipe", "adapter", "events"},
+    {"catalog", "plans", "recipe", "adapter", "events", "patterns"},
     {"planner"},
     {"readers", "output", "rules", "spaces", "lowrank", "select", "draw"},
     {"kernels"},

@@ -399,7 +399,7 @@ def at_rename(event, arguments):
 with Staging(output) as staging:
     (staging.path / "streammerge.json").write_text("finished")
     sys.addaudithook(at_rename)
-    staging.publish(overwrite=False)
+    staging.publish()
 """
 
 
@@ -477,27 +477,29 @@ def test_a_killed_merge(
         assert (out / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
 
-KILLED_AT_RENAME = """
+KILLED_AT_REMOVAL = """
 import os, signal, sys
-def at_rename(event, arguments):
-    if event == "os.rename" and str(arguments[1]) == sys.argv[5]:
+def at_removal(event, arguments):
+    if event == "shutil.rmtree" and str(arguments[0]).endswith("-old") and os.path.exists(arguments[0]):
         os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(at_rename)
+sys.addaudithook(at_removal)
 """
 
 
-# FAULT output/staging.py, publish: between its two renames the earlier output is at neither name
-# that a user knows; the next merge removes it.
 def test_a_kill_while_publishing_over_an_earlier_output(
     sources: list[Path], tmp_path: Path
 ) -> None:
+    """The two exchange names at once; killed before the earlier one is removed, the new one is
+    there, and the next merge clears up."""
     out = tmp_path / "out"
     merge(sources, out, method="cat")
     arguments = ["never", "1", "1", "True", str(out), *map(str, sources)]
-    command = [sys.executable, "-c", KILLED_AT_RENAME + KILLED, *arguments]
+    command = [sys.executable, "-c", KILLED_AT_REMOVAL + KILLED, *arguments]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-    assert out.exists()
     assert streammerge.verify(out).checksums
+    assert names(tmp_path) == [".out.streammerge-old", "out"]
+    merge(sources, out, overwrite=True)
+    assert names(tmp_path) == ["out"]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ from streammerge.planner.output_config import rank_pattern
 from streammerge.planner.scaling import scalings
 from streammerge.readers import read_adapter
 from streammerge.readers.header import MAX_DIMENSIONS, MAX_HEADER_BYTES, read_header
-from streammerge.readers.patterns import pattern_lookup
+from streammerge.patterns import pattern_lookup
 from streammerge.readers.windows import OpenFiles, Window, mapped, pread
 
 TARGETS = {

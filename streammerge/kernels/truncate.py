@@ -16,6 +16,7 @@ from streammerge.lowrank import (
     ZERO_TOLERANCE,
     Truncation,
     residual_excess,
+    thin_qr,
     truncate_matrix,
 )
 
@@ -72,7 +73,7 @@ def block_krylov(matrix: Matrix, rank: int, start: torch.Tensor, passes: int) ->
     Raises:
         FloatingPointError: M is not finite.
     """
-    space = Space(right=Basis([torch.linalg.qr(start).Q]), left=Basis([]))
+    space = Space(right=Basis([thin_qr(start)[0]]), left=Basis([]))
     for done in range(1, passes + 1):
         coupling = space.grow(matrix)
         if done < min(MIN_PASSES, passes):
@@ -211,11 +212,11 @@ class Basis:
         # Twice, for one pass leaves a part of the size of rounding times what was taken out.
         for _ in range(2):
             inside += self._take_out(block)
-        outside, triangle = torch.linalg.qr(block)
+        outside, triangle = thin_qr(block)
         # Where M's rank is used up the block is rounding, and the QR has made it large: what the
         # basis holds of it is taken out again. These directions carry no weight (R is tiny).
         self._take_out(outside)
-        self.blocks.append(torch.linalg.qr(outside).Q)
+        self.blocks.append(thin_qr(outside)[0])
         return inside, self.blocks[-1].mT.double() @ outside.double() @ triangle.double()
 
     def _take_out(self, block: torch.Tensor) -> torch.Tensor:

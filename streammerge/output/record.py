@@ -76,8 +76,7 @@ def write_record(
             for region in regions
         },
     }
-    record["xxh3"] = _self_digest(record)
-    write_file(directory / MARK_NAME, _pretty(record))
+    write_file(directory / MARK_NAME, _sealed(_pretty(record)))
 
 
 def write_timings(directory: Path, seconds: Mapping[str, float], total: float) -> None:
@@ -98,7 +97,7 @@ def check_record(directory: Path) -> tuple[dict[str, Any], list[str]]:
         CorruptFileError: the record is not one.
     """
     record = read_record(directory)
-    problems = [] if record.get("xxh3") == _self_digest(record) else [f"{MARK_NAME} was changed"]
+    problems = [] if _is_sealed(directory / MARK_NAME) else [f"{MARK_NAME} was changed"]
     try:
         problems += _check_files(directory, record)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -192,9 +191,20 @@ def _file_digest(path: Path) -> str | None:
     return digest.hexdigest()
 
 
-def _self_digest(record: dict[str, Any]) -> str:
-    rest = {name: value for name, value in record.items() if name != "xxh3"}
-    return _digest(json.dumps(rest, sort_keys=True).encode())
+def _sealed(text: bytes) -> bytes:
+    """Return a JSON object's text with one more field, a checksum of all that stands before it."""
+    body = text.rstrip().removesuffix(b"}").rstrip() + b",\n"
+    return body + _seal(body)
+
+
+def _seal(body: bytes) -> bytes:
+    return b' "xxh3": "' + _digest(body).encode() + b'"\n}\n'
+
+
+def _is_sealed(path: Path) -> bool:
+    text = path.read_bytes()
+    body = text[: len(text) - len(_seal(b""))]
+    return text == body + _seal(body)
 
 
 def _pretty(value: Any) -> bytes:

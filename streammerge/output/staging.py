@@ -8,13 +8,21 @@ never while its process lives.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import fcntl
 import os
 import shutil
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
-from streammerge.errors import OutputBusyError, OutputExistsError, StorageError
+from streammerge.errors import (
+    OutputBusyError,
+    OutputExistsError,
+    StorageError,
+    StreammergeError,
+)
 
 LOCK_NAME = ".lock"
 MARK_NAME = "streammerge.json"
@@ -54,20 +62,29 @@ def staging_path(output: Path) -> Path:
 class Staging:
     """The staging directory, held from `__enter__` until it is published or removed."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, *, overwrite: bool = False) -> None:
         self.output = output.resolve()
         self.path = staging_path(output)
+        self._overwrite = overwrite
+        self._aside = self.output.with_name(f".{self.output.name}.streammerge-old")
         self._lock = -1
+        self._published = False
 
-    def __enter__(self) -> Staging:
+    def __enter__(self) -> Self:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _lock_directory(self.path, self.output)
+            check_output(self.output, overwrite=self._overwrite)
+            shutil.rmtree(self._aside, ignore_errors=True)
             _empty(self.path)
         except OSError as error:
-            if isinstance(error, OutputBusyError):
+            self.__exit__(None, None, None)
+            if isinstance(error, StreammergeError):
                 raise
             raise StorageError(f"cannot be made ({error.strerror})", path=str(self.path)) from error
+        except StreammergeError:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -76,35 +93,58 @@ class Staging:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.path.exists() and self._lock >= 0:
+        if self._lock < 0:
+            return
+        if not self._published:
             shutil.rmtree(self.path, ignore_errors=True)
-        if self._lock >= 0:
-            os.close(self._lock)
+        os.close(self._lock)
+        self._lock = -1
 
-    def publish(self, *, overwrite: bool) -> None:
-        """Make the staging directory the output, in one rename.
+    def publish(self) -> None:
+        """Make the staging directory the output, in one rename, or one exchange with an earlier.
 
-        With `overwrite` an earlier output is moved aside first and removed afterwards.
+        The lock goes along, so that nobody takes the finished directory for an abandoned one.
 
         Raises:
             OutputExistsError: something has appeared at the output's name.
             StorageError: the system refused.
         """
-        check_output(self.output, overwrite=overwrite)
-        aside = self.output.with_name(f".{self.output.name}.streammerge-old")
+        check_output(self.output, overwrite=self._overwrite)
         try:
-            (self.path / LOCK_NAME).unlink()
             sync_directory(self.path)
             if self.output.exists() and any(self.output.iterdir()):
-                shutil.rmtree(aside, ignore_errors=True)
-                self.output.rename(aside)
-            self.path.rename(self.output)
+                self.path.rename(self._aside)
+                _exchange(self._aside, self.output)
+            else:
+                self.path.rename(self.output)
+            self._published = True
+            (self.output / LOCK_NAME).unlink()
             sync_directory(self.output.parent)
         except OSError as error:
             raise StorageError(
                 f"cannot be published ({error.strerror})", path=str(self.output)
             ) from error
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(self._aside, ignore_errors=True)
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+"""fcntl.h and renameat2(2)."""
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Have two directories change names at once, so that neither name is ever without one."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        names = (os.fsencode(new), os.fsencode(old))
+        if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+            return
+        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    # This file system cannot exchange names: for a moment the old output has another one.
+    between = old.with_name(new.name + "-between")
+    old.rename(between)
+    new.rename(old)
+    between.rename(new)
 
 
 def _lock_directory(path: Path, output: Path) -> int:

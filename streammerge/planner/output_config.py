@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streammerge.adapter import Adapter, AdapterConfig
+from streammerge.patterns import pattern_lookup
 
 _FINER = ("exclude_modules", "layers_to_transform", "layers_pattern")
 """Config keys by which an adapter has fewer targets than its target_modules match."""
@@ -74,22 +75,24 @@ def rank_pattern(ranks: Mapping[str, int], rank: int) -> dict[str, int]:
     """Return PEFT's rank_pattern for targets that differ from `rank`.
 
     PEFT takes the first entry that matches a path or an ending of it behind a dot. So longer
-    paths stand first, and a target whose ending is another's entry has an entry of its own.
+    paths stand first, and a target whose ending is another's entry has an entry of its own. The
+    paths are written as PEFT writes them, dots and all, as long as no dot that stands for any
+    character makes one match another target.
     """
     listed = {target for target, r in ranks.items() if r != rank}
     listed |= {target for target in ranks if _ends_in(target, listed)}
     ordered = sorted(listed, key=lambda target: (-len(target), target))
-    return {_literal(target): ranks[target] for target in ordered}
+    plain = {target: ranks[target] for target in ordered}
+    if all(re.fullmatch(r"[\w.-]+", target) for target in ordered):
+        look_up = pattern_lookup(plain, rank)
+        if all(look_up(target) == r for target, r in ranks.items()):
+            return plain
+    return {re.escape(target): r for target, r in plain.items()}
 
 
 def _ends_in(target: str, listed: set[str]) -> bool:
     parts = target.split(".")
     return any(".".join(parts[i:]) in listed for i in range(1, len(parts)))
-
-
-def _literal(target: str) -> str:
-    """Return a regular expression for `target`; plain paths stay readable, as PEFT writes them."""
-    return target if re.fullmatch(r"[\w.-]+", target) else re.escape(target)
 
 
 def _usual(ranks: Mapping[str, int]) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 from streammerge.adapter import AdapterConfig
 from streammerge.errors import CorruptFileError, UnsupportedAdapterError
+from streammerge.patterns import compile_entry
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 64 * 1024**2
@@ -126,7 +127,7 @@ def _pattern(path: Path, key: str, raw: Mapping[str, Any], check: Any) -> dict[s
         raise CorruptFileError(f"{key} is not an object", path=str(path))
     for name in entries:
         try:
-            re.compile(name)
+            compile_entry(name)
         except re.error as error:
             raise CorruptFileError(
                 f"{key}: {name!r} is not a regular expression ({error})", path=str(path)
@@ -136,14 +137,22 @@ def _pattern(path: Path, key: str, raw: Mapping[str, Any], check: Any) -> dict[s
 
 def _rank(path: Path, key: str, value: Any) -> int:
     if type(value) is not int or not 0 < value < 2**31:
-        raise CorruptFileError(f"{key} must be a positive integer, not {value!r}", path=str(path))
+        raise CorruptFileError(
+            f"{key} must be a positive integer, not {repr(value)[:40]}", path=str(path)
+        )
     return value
 
 
 def _number(path: Path, key: str, value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise CorruptFileError(f"{key} must be a finite number, not {value!r}", path=str(path))
-    return float(value)
+    try:
+        number = float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise CorruptFileError(
+            f"{key} must be a finite number, not {repr(value)[:40]}", path=str(path)
+        )
+    return number
 
 
 def _text(value: Any) -> str | None:

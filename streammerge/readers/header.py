@@ -22,6 +22,9 @@ MAX_HEADER_BYTES = 100_000_000
 
 MAX_DIMENSIONS = 16
 
+MAX_NUMBER = 2**63 - 1
+"""No size and no offset in a file is larger."""
+
 _BITS = {
     "BOOL": 8,
     "U8": 8,
@@ -148,13 +151,16 @@ def _metadata(path: Path, metadata: Any) -> dict[str, str]:
 
 def _entries(path: Path, fields: dict[str, Any], start: int) -> Iterator[Entry]:
     for name, facts in fields.items():
+        if not _is_text(name):
+            raise CorruptFileError("its header names a tensor by what is no text", path=str(path))
         try:
             dtype, shape, (low, high) = (facts["dtype"], facts["shape"], facts["data_offsets"])
             numbers = (*shape, low, high)
-            sound = all(type(number) is int and number >= 0 for number in numbers)
+            sound = isinstance(dtype, str) and len(shape) <= MAX_DIMENSIONS
+            sound = sound and all(type(x) is int and 0 <= x <= MAX_NUMBER for x in numbers)
         except (KeyError, TypeError, ValueError):
             sound = False
-        if not sound or len(shape) > MAX_DIMENSIONS:
+        if not sound:
             raise CorruptFileError(
                 "its header entry lacks a sound dtype, shape or data_offsets",
                 path=str(path),
@@ -167,12 +173,21 @@ def _entries(path: Path, fields: dict[str, Any], start: int) -> Iterator[Entry]:
             bits *= size
         if bits != (high - low) * 8:
             raise CorruptFileError(
-                f"dtype {dtype} and shape {shape} take {bits / 8:g} bytes, "
-                f"its data_offsets span {high - low}",
+                f"dtype {dtype} and shape {shape} do not take the {high - low} bytes that its "
+                "data_offsets span",
                 path=str(path),
                 tensor=name,
             )
         yield Entry(name, dtype, tuple(shape), start + low, high - low)
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written again; JSON may hold half a surrogate pair."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_coverage(path: Path, entries: tuple[Entry, ...], start: int, size: int) -> None:

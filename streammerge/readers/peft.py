@@ -26,9 +26,9 @@ from streammerge.adapter import (
     NameTable,
 )
 from streammerge.errors import CorruptFileError, MissingFileError, UnsupportedAdapterError
+from streammerge.patterns import Value, pattern_lookup
 from streammerge.readers.config import CONFIG_NAME, read_config
 from streammerge.readers.header import Entry, Header, read_header
-from streammerge.readers.patterns import Value, pattern_lookup
 from streammerge.readers.recognise import recognise
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -54,7 +54,7 @@ def read_adapter(path: str, table: NameTable) -> Adapter:
     directory = Path(path)
     _check_directory(directory)
     config = read_config(directory)
-    headers = [read_header(file) for file in _weight_files(directory)]
+    headers = _read_headers(directory)
     places = [(header, n, entry) for n, header in enumerate(headers) for entry in header.entries]
     pairs, extras = _pair_up(places)
     if not pairs:
@@ -83,11 +83,11 @@ def _check_directory(directory: Path) -> None:
     raise MissingFileError("no such directory", path=str(directory))
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def _read_headers(directory: Path) -> list[Header]:
     if (directory / WEIGHTS_NAME).exists():
-        return [directory / WEIGHTS_NAME]
+        return [read_header(directory / WEIGHTS_NAME)]
     if (directory / INDEX_NAME).exists():
-        return _shards(directory)
+        return _read_shards(directory / INDEX_NAME)
     if (directory / PICKLE_NAME).exists():
         raise UnsupportedAdapterError(
             f"only {PICKLE_NAME} is here; pickled weights are not read yet. Load and save the "
@@ -102,12 +102,12 @@ def _weight_files(directory: Path) -> list[Path]:
     raise MissingFileError(f"there is no {WEIGHTS_NAME} in it{hint}", path=str(directory))
 
 
-def _shards(directory: Path) -> list[Path]:
-    index = directory / INDEX_NAME
+def _read_shards(index: Path) -> list[Header]:
+    """Read the headers of all shards that an index names, and check that it tells the truth."""
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         names = sorted(set(weight_map.values()))
-        plain = all(isinstance(name, str) and Path(name).name == name for name in names)
+        plain = all(Path(name).name == name != "" and name.isprintable() for name in names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptFileError("is not a safetensors index", path=str(index)) from error
     if not plain or not names:
@@ -115,7 +115,16 @@ def _shards(directory: Path) -> list[Path]:
             "its weight_map must name files in the same directory, and nothing else",
             path=str(index),
         )
-    return [directory / name for name in names]
+    headers = [read_header(index.with_name(name)) for name in names]
+    found = {
+        entry.name: name for name, h in zip(names, headers, strict=True) for entry in h.entries
+    }
+    for tensor, name in weight_map.items():
+        if found.get(tensor) != name:
+            raise CorruptFileError(
+                f"should be in {name}, and is not", path=str(index), tensor=tensor
+            )
+    return headers
 
 
 def _pair_up(places: list[Place]) -> tuple[dict[tuple[str, str], dict[str, Place]], list[str]]:

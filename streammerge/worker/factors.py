@@ -53,10 +53,11 @@ class FactorReader:
             self._hash.update(window.data)
             self._hashed = stop
         values = self.new_empty((stop - start,)) if out is None else out[: stop - start]
-        values.copy_(_view(window, self._stored))
+        stored = _view(window, self._stored)
+        values.copy_(stored)
         # A sum is finite only if all its terms are; it may overflow without them, hence the look.
         if not torch.isfinite(values.sum()):
-            self._refuse_non_finite(values)
+            self._refuse_non_finite(values, stored)
         return values
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
@@ -83,10 +84,10 @@ class FactorReader:
         assert self._hashed == self.factor.elements, f"{self.factor.key}: not read in order"
         return self._hash.hexdigest()
 
-    def _refuse_non_finite(self, values: torch.Tensor) -> None:
-        wrong = values[~torch.isfinite(values)]
-        if len(wrong):
-            value = "NaN" if bool(wrong[0].isnan()) else "infinity"
+    def _refuse_non_finite(self, values: torch.Tensor, stored: torch.Tensor) -> None:
+        places = (~torch.isfinite(values)).nonzero().view(-1)
+        if len(places):
+            value = float(stored[places[:1].cpu()])
             raise NonFiniteError(path=self.factor.file.path, tensor=self.factor.key, value=value)
 
 
