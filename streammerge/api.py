@@ -15,9 +15,9 @@ from streammerge.adapter import Adapter, NameTable
 from streammerge.budget import Budget, allow, parse_size
 from streammerge.errors import RecipeError, VerificationError
 from streammerge.output.record import check_record, write_timings
-from streammerge.output.space import check_scratch, check_space
+from streammerge.output.space import check_space, find_scratch
 from streammerge.output.staging import MARK_NAME, Staging, check_output
-from streammerge.planner import make_plan
+from streammerge.planner import make_plan, resolve_method
 from streammerge.planner.scaling import scalings
 from streammerge.plans import Plan
 from streammerge.readers import read_adapter
@@ -189,7 +189,8 @@ def merge(
             headroom, when None.
         workers: tasks at once; the number of cores when None.
         io: "mmap", or "pread" for network file systems.
-        scratch: directory on a disk, for tiles that do not fit into memory.
+        scratch: directory on a disk for tiles that do not fit into memory, or "none" to make them
+            again instead; the output's own parent when None and it is on a disk.
         max_shard_size: write shards of at most this size, with an index; one file when None.
         overwrite: replace an earlier output of streammerge.
         on_event: called with what happens; notices become Python warnings when None.
@@ -292,19 +293,21 @@ def _plan(
     io: str,
     scratch: StrPath | None,
 ) -> tuple[Plan, list[Adapter]]:
-    # torch is loaded to measure what the process takes with it; an inspection does without.
-    from streammerge.worker import measure_process  # noqa: PLC0415
-
     threads = len(os.sched_getaffinity(0)) if workers is None else workers
     if threads < 1:
         raise RecipeError(f"workers must be at least 1, not {workers}", option="workers")
     if io not in IO_WAYS:
         raise RecipeError(f"io must be one of {', '.join(IO_WAYS)}, not {io!r}", option="io")
+    resolve_method(recipe)
     allowed, origin = allow(max_memory)
     table = NameTable()
     manifests = [read_adapter(path, table) for path in recipe.adapters]
+    place = find_scratch(scratch, output)
+    # torch is loaded to measure what the process takes with it, once all that can be refused
+    # without it is; an inspection does without.
+    from streammerge.worker import measure_process  # noqa: PLC0415
+
     budget = Budget(allowed, origin, measure_process(), threads)
-    place = None if scratch is None else check_scratch(os.fspath(scratch))
     planned = make_plan(manifests, recipe, budget, io=io, scratch=place)
     if output is not None:
         check_space(os.fspath(Path(output).resolve().parent), planned.write_bytes)

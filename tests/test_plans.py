@@ -407,8 +407,6 @@ def test_json(case: Case) -> None:
         assert found.tolist() == column.tolist()
 
 
-# FAULT plans.py, Plan and Sources: the comparison of their arrays raises ValueError, and the recipe
-# has tuples before (recipe.py, to_dict) and lists afterwards.
 def test_a_plan_is_equal_to_what_json_gives_back() -> None:
     case = Case(
         modules=(Module(LINEAR, 40, (30,)),) * 2,

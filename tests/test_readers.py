@@ -41,11 +41,11 @@ from making import (
 from streammerge import errors, events
 from streammerge.adapter import Adapter, Factor, NameTable, TensorFile
 from streammerge.output.staging import MARK_NAME
+from streammerge.patterns import pattern_lookup
 from streammerge.planner.output_config import rank_pattern
 from streammerge.planner.scaling import scalings
 from streammerge.readers import read_adapter
 from streammerge.readers.header import MAX_DIMENSIONS, MAX_HEADER_BYTES, read_header
-from streammerge.patterns import pattern_lookup
 from streammerge.readers.windows import OpenFiles, Window, mapped, pread
 
 TARGETS = {
@@ -150,7 +150,6 @@ UNSOUND = {
 }
 
 
-# FAULT readers/header.py, _entries: `dtype not in _BITS` raises TypeError on a list.
 @pytest.mark.parametrize("name", UNSOUND)
 def test_an_unsound_header(name: str, tmp_path: Path) -> None:
     entries, size, tensor = UNSOUND[name]
@@ -213,7 +212,6 @@ def changed_tokens(text: str) -> list[str]:
     ]
 
 
-# FAULT readers/config.py, _number: OverflowError on alpha_pattern and lora_alpha of 400 digits.
 def test_any_change_of_a_config_is_read_or_refused(tmp_path: Path) -> None:
     config = make_config(ONE, rank_pattern={"up": 1}, alpha_pattern={"up": 2.0})
     adapter = write_files(tmp_path / "in", make_factors(ONE), config)
@@ -224,8 +222,6 @@ def test_any_change_of_a_config_is_read_or_refused(tmp_path: Path) -> None:
     assert not wrong
 
 
-# FAULT readers/header.py, _entries: TypeError on a dtype that is a list or an object, OverflowError
-# on a shape of 400 digits.
 def test_any_change_of_a_header_is_read_or_refused(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "in", ONE)
     data = (adapter / WEIGHTS).read_bytes()
@@ -524,7 +520,6 @@ def test_patterns_are_looked_up_as_in_peft(pattern: dict[str, int], paths: list[
         assert look_up(path) == as_peft(pattern, path, -1), path
 
 
-# FAULT readers/patterns.py, pattern_lookup: an unescaped dot is a dot here, in PEFT any character.
 @settings(max_examples=300)
 @given(
     pattern=st.dictionaries(plain_keys, st.integers(1, 9), max_size=6),
@@ -537,7 +532,6 @@ def test_plain_paths_are_looked_up_as_in_peft(pattern: dict[str, int], paths: li
         assert look_up(path) == as_peft(pattern, path, -1), path
 
 
-# FAULT readers/patterns.py, pattern_lookup: PEFT falls back to the module's own path as a key.
 @pytest.mark.parametrize("path", ["a+b", "a(b)", "a[0]", "block$.up"])
 def test_a_key_that_is_the_path_itself(path: str) -> None:
     """Though as a regular expression it does not match itself."""
@@ -545,8 +539,6 @@ def test_a_key_that_is_the_path_itself(path: str) -> None:
     assert pattern_lookup({path: 3}, -1)(path) == 3
 
 
-# FAULT planner/output_config.py, rank_pattern: its entries keep unescaped dots, so that PEFT finds
-# h.1 where h_1 is meant.
 @settings(max_examples=300)
 @given(
     ranks=st.dictionaries(
@@ -692,8 +684,6 @@ def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     assert caught.value.tensor == key
 
 
-# FAULT readers/peft.py, _shards: the index's tensors are not compared with those of the shards, so
-# that a whole target can be missing without a word.
 def test_an_index_that_names_a_tensor_that_no_shard_has(tmp_path: Path) -> None:
     factors = make_factors(TARGETS)
     sharded = write_shards(tmp_path / "in", in_shards(factors, 2), make_config(TARGETS))

@@ -283,7 +283,6 @@ FILES = {
     "a negative size": Refusal(
         C, (f"{{bad}}/{WEIGHTS}: {UP_A}",), weights_of(header_of(shape=[-2, -2]))
     ),
-    # FAULT readers/header.py, _entries: `bits / 8:g` raises OverflowError on such a size.
     "a size beyond all floats": Refusal(
         C, (f"{{bad}}/{WEIGHTS}: {UP_A}",), weights_of(header_of(shape=[HUGE, 2]))
     ),
@@ -321,7 +320,6 @@ FILES = {
     "an index that names a missing shard": Refusal(
         M, ("{bad}/gone.safetensors",), index_text(map_to("gone.safetensors"))
     ),
-    # FAULT readers/peft.py, _shards: open() raises ValueError on such a name.
     "an index with a null byte in a name": Refusal(
         C, (f"{{bad}}/{INDEX}",), index_text(map_to("a\0b"))
     ),
@@ -338,7 +336,6 @@ CONFIGS = (
         "alpha is NaN": Refusal(
             C, (f"{{bad}}/{CONFIG}", "lora_alpha"), config(lora_alpha=math.nan)
         ),
-        # FAULT readers/config.py, _number: math.isfinite raises OverflowError on such an integer.
         "alpha beyond all floats": Refusal(
             C, (f"{{bad}}/{CONFIG}", "lora_alpha"), config(lora_alpha=HUGE)
         ),
@@ -351,7 +348,6 @@ CONFIGS = (
         "alpha_pattern that is no regular expression": Refusal(
             C, (f"{{bad}}/{CONFIG}", "alpha_pattern", "up("), config(alpha_pattern={"up(": 1})
         ),
-        # FAULT readers/config.py, _pattern: it compiles alone, but not behind PEFT's own part.
         "rank_pattern with a flag in its middle": Refusal(
             C, (f"{{bad}}/{CONFIG}", "rank_pattern", "(?i)up"), config(rank_pattern={"(?i)up": 2})
         ),
@@ -914,8 +910,6 @@ def test_values_too_large_for_float32(route: str, tmp_path: Path) -> None:
         assert contents(tmp_path) == before
 
 
-# FAULT worker/factors.py, elements: a float64 value beyond float32 is reported as an infinity
-# that the file does not hold.
 def test_a_float64_value_beyond_float32_is_no_infinity(tmp_path: Path) -> None:
     factors = make_factors(SMALL, seed=0, dtype="F64")
     large = {UP_A: put(factors[UP_A], 3, 1e300)}
@@ -1055,8 +1049,6 @@ def assert_harmless(text: str) -> None:
     assert not odd
 
 
-# FAULT finish.py, _inputs (and draw.py, stream_key; output/header.py): half a surrogate pair in
-# a tensor's name is found when the work is done, as a UnicodeEncodeError.
 @pytest.mark.parametrize("method", ["cat", "svd"])
 def test_half_a_surrogate_pair_in_a_name(method: str, tmp_path: Path) -> None:
     odd = write_adapter(tmp_path / "odd", {"block.\ud800": linear(4, 4, 2)})

@@ -34,7 +34,7 @@ from streammerge.adapter import Adapter, NameTable
 from streammerge.budget import Budget
 from streammerge.catalog import METHODS, RULES
 from streammerge.errors import BudgetError, RecipeError
-from streammerge.output.space import check_scratch
+from streammerge.output.space import find_scratch
 from streammerge.planner import make_plan
 from streammerge.plans import Plan, flat_tiles, row_tiles
 from streammerge.readers import read_adapter
@@ -89,10 +89,10 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A directory that is not in memory: pytest's, or one beside the tests."""
     folder = tmp_path_factory.mktemp("scratch")
     try:
-        yield check_scratch(str(folder))
+        yield find_scratch(str(folder), None)
     except RecipeError:
         with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as beside:
-            yield check_scratch(beside)
+            yield find_scratch(beside, None)
 
 
 def options_for(method: str, **more: Any) -> dict[str, Any]:
@@ -333,8 +333,6 @@ def test_equals_in_a_delta(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.abs(found) > 0.5, kept)
 
 
-# FAULT lowrank.py, truncate_matrix: the QR of the long side is done in float32; the error is 3e-4
-# here, and the certificate says 0.
 def test_a_wide_delta_at_full_rank(tmp_path: Path) -> None:
     """Rows that repeat and a long side: what a QR in float32 loses shows."""
     m, n = 40, 120_000

@@ -14,16 +14,14 @@ from streammerge.errors import StreammergeError
 
 
 def printable(text: object) -> str:
-    """Return text without control characters: names in files may hold terminal escapes."""
-    return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
-        for c in str(text)
-    )
+    """Return text on one line and without control characters: names in files may hold escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def say(text: object) -> None:
-    """Print a line of the result to standard output."""
-    click.echo(printable(text))
+def say(*lines: object) -> None:
+    """Print lines of the result to standard output."""
+    for line in lines:
+        click.echo(printable(line))
 
 
 def remark(text: object) -> None:
@@ -61,11 +59,11 @@ def _terminate(_signum: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def table(rows: list[tuple[object, ...]], header: tuple[str, ...]) -> str:
-    """Return rows as aligned columns."""
+def table(rows: list[tuple[object, ...]], header: tuple[str, ...]) -> list[str]:
+    """Return the lines of a table with aligned columns."""
     lines = [header, *[tuple(printable(cell) for cell in row) for row in rows]]
     widths = [max(len(str(line[i])) for line in lines) for i in range(len(header))]
-    return "\n".join(
+    return [
         "  ".join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
-    )
+    ]

@@ -37,10 +37,10 @@ def merge(
     if as_json:
         say_json(_facts(result))
     else:
-        say(_summary(result))
+        say(*_summary(result))
 
 
-def _summary(result: MergeResult) -> str:
+def _summary(result: MergeResult) -> list[str]:
     from streammerge.budget import format_size
 
     plan = result.plan
@@ -58,7 +58,7 @@ def _summary(result: MergeResult) -> str:
             f"cut to rank {plan.config['r']}: relative error {mean:.3g} on average, {worst:.3g} "
             f"at most ({target})"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def _facts(result: MergeResult) -> dict[str, Any]:

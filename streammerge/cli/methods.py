@@ -24,7 +24,6 @@ def methods(as_json: bool) -> None:
     if as_json:
         say_json([dict(zip(header, row, strict=True)) for row in rows])
         return
-    say(table(rows, header))
-    say("")
+    say(*table(rows, header), "")
     for space in SPACES.values():
         say(f"space {space.name}: {space.summary}")

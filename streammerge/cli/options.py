@@ -96,7 +96,9 @@ _OPTIONS = (
         help="How inputs are read; pread suits network file systems.",
     ),
     click.option(
-        "--scratch", type=click.Path(), help="Directory for tiles that do not fit into memory."
+        "--scratch",
+        type=click.Path(),
+        help="Directory for tiles that do not fit into memory, or none.  [default: beside OUT]",
     ),
     click.option("--max-shard-size", metavar="SIZE", help="Write shards and an index."),
     click.option("--overwrite", is_flag=True, help="Replace an earlier output of streammerge."),

@@ -29,14 +29,12 @@ def plan(adapters: tuple[str, ...], output: str | None, as_json: bool, **options
     if as_json:
         say_json(json.loads(made.to_json()))
         return
-    say(_totals(made))
-    say("")
-    say(_largest(made))
+    say(*_totals(made), "", *_largest(made))
     for notice in made.notices:
         remark(f"note: {notice}")
 
 
-def _totals(plan: Plan) -> str:
+def _totals(plan: Plan) -> list[str]:
     from streammerge.budget import format_size
 
     ranks = Counter(task.rank for task in plan.tasks)
@@ -57,7 +55,7 @@ def _totals(plan: Plan) -> str:
         ("merged matrix", _kept(plan)),
         ("arithmetic", f"{sum(task.flops for task in plan.tasks) / 1e9:.2f} Gflop"),
     ]
-    return "\n".join(f"{name:<17} {value}" for name, value in rows)
+    return [f"{name:<17} {value}" for name, value in rows]
 
 
 def _counts(counts: Counter[Any]) -> str:
@@ -83,7 +81,7 @@ def _kept(plan: Plan) -> str:
     )
 
 
-def _largest(plan: Plan) -> str:
+def _largest(plan: Plan) -> list[str]:
     from streammerge.budget import format_size
 
     tasks = sorted(plan.tasks, key=lambda task: (-task.projected_bytes, task.target))
@@ -102,4 +100,5 @@ def _largest(plan: Plan) -> str:
     ]
     more = len(tasks) - len(rows)
     header = ("target", "shape", "adapters", "rank", "route", "reads", "writes", "holds")
-    return table(rows, header) + (f"\n… and {more} targets that hold no more" if more else "")
+    shown = table(rows, header)
+    return [*shown, f"… and {more} targets that hold no more"] if more else shown

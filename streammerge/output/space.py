@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -16,37 +17,55 @@ def check_space(directory: str, needed_bytes: int) -> None:
     Raises:
         DiskSpaceError: it has not.
     """
-    place = Path(directory)
-    while not place.exists():
-        place = place.parent
+    place = _nearest(Path(directory))
     free = shutil.disk_usage(place).free
     if needed_bytes > free:
         raise DiskSpaceError(path=directory, needed_bytes=needed_bytes, free_bytes=free)
 
 
-def check_scratch(directory: str, mounts: str = "/proc/mounts") -> str:
-    """Check that scratch is a directory on a disk, and return its path.
+def find_scratch(
+    asked: str | os.PathLike[str] | None, output: str | os.PathLike[str] | None
+) -> str | None:
+    """Return the directory for tiles that do not fit into memory, None to do without.
+
+    Args:
+        asked: a directory on a disk, "none", or None for the place where the output will lie.
+        output: the output's path, where there is one.
 
     Raises:
-        RecipeError: it is not; files on a tmpfs lie in memory and would count against it.
+        RecipeError: the directory asked for is none, or lies in memory and would count against it.
     """
-    place = Path(directory).resolve()
+    if asked is not None and os.fspath(asked) == "none":
+        return None
+    if asked is None:
+        if output is None:
+            return None
+        # Missing parents are made before the work starts; what is above them tells the disk.
+        beside = Path(output).resolve().parent
+        return None if _kind(_nearest(beside)) in _MEMORY_FILE_SYSTEMS else str(beside)
+    place = Path(asked).resolve()
     if not place.is_dir():
-        raise RecipeError(f"scratch: {directory}: no such directory", option="scratch")
-    kind = _file_system(place, Path(mounts).read_text())
-    if kind in _MEMORY_FILE_SYSTEMS:
+        raise RecipeError(f"scratch: {place}: no such directory", option="scratch")
+    if _kind(place) in _MEMORY_FILE_SYSTEMS:
         raise RecipeError(
-            f"scratch: {directory} is on a {kind}, which is memory; choose a directory on a disk, "
-            "or leave scratch out",
+            f"scratch: {place} is on a {_kind(place)}, which is memory; choose a directory on a "
+            "disk, or none",
             option="scratch",
         )
     return str(place)
 
 
-def _file_system(place: Path, mounts: str) -> str:
+def _nearest(place: Path) -> Path:
+    """Return a directory that exists: this one, or the nearest above it."""
+    while not place.is_dir():
+        place = place.parent
+    return place
+
+
+def _kind(place: Path, mounts: Path = Path("/proc/mounts")) -> str:
     """Return the kind of the file system that a path lies on."""
     best, kind = -1, ""
-    for line in mounts.splitlines():
+    for line in mounts.read_text().splitlines():
         _, point, name, *_ = line.split()
         point = point.encode().decode("unicode_escape")
         if place.is_relative_to(point) and len(point) >= best:
