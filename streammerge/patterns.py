@@ -28,6 +28,8 @@ def compile_entry(entry: str) -> re.Pattern[str]:
 
 def pattern_lookup(pattern: Mapping[str, Value], default: Value) -> Callable[[str], Value]:
     """Return the function from a module's path to its value under `pattern`."""
+    if not pattern:
+        return lambda _path: default
     plain, anchored = _Paths(), _Paths()
     regexes: list[tuple[int, re.Pattern[str]]] = []
     values = list(pattern.values())

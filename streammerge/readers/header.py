@@ -8,11 +8,13 @@ https://github.com/huggingface/safetensors
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from streammerge.adapter import TensorFile
 from streammerge.errors import CorruptFileError, MissingFileError
@@ -51,8 +53,7 @@ _BITS = {
 _LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of a file; `offset` counts from the start of the file."""
 
     name: str
@@ -123,12 +124,28 @@ def _header_length(path: Path, head: bytes, size: int) -> int:
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(text, object_pairs_hook=_unique)
+        fields = json.loads(text)
+        if not _plainly_unique(text, fields):
+            fields = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"its header is not JSON ({error})", path=str(path)) from error
     if not isinstance(fields, dict):
         raise CorruptFileError("its header is not a JSON object", path=str(path))
     return fields
+
+
+def _plainly_unique(text: bytes, fields: Any) -> bool:
+    """Whether it can be seen without a second look that no key stands twice.
+
+    Every key ends in a quote and a colon, and without a backslash nothing else does; a key that
+    stands twice is lost when it is read, so that there are more of them than keys were read. The
+    second look takes half a second for 90,000 tensors.
+    """
+    try:
+        keys = len(fields) + sum(map(len, fields.values()))
+    except (AttributeError, TypeError):
+        return False
+    return b"\\" not in text and text.count(b'":') == keys
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -151,13 +168,16 @@ def _metadata(path: Path, metadata: Any) -> dict[str, str]:
 
 def _entries(path: Path, fields: dict[str, Any], start: int) -> Iterator[Entry]:
     for name, facts in fields.items():
-        if not _is_text(name):
-            raise CorruptFileError("its header names a tensor by what is no text", path=str(path))
         try:
-            dtype, shape, (low, high) = (facts["dtype"], facts["shape"], facts["data_offsets"])
+            dtype, shape, (low, high) = facts["dtype"], facts["shape"], facts["data_offsets"]
             numbers = (*shape, low, high)
-            sound = isinstance(dtype, str) and len(shape) <= MAX_DIMENSIONS
-            sound = sound and all(type(x) is int and 0 <= x <= MAX_NUMBER for x in numbers)
+            sound = (
+                set(map(type, numbers)) == {int}
+                and min(numbers) >= 0
+                and max(numbers) <= MAX_NUMBER
+                and type(dtype) is str
+                and len(shape) <= MAX_DIMENSIONS
+            )
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:
@@ -166,12 +186,11 @@ def _entries(path: Path, fields: dict[str, Any], start: int) -> Iterator[Entry]:
                 path=str(path),
                 tensor=name,
             )
+        if not _is_text(name):
+            raise CorruptFileError("its header names a tensor by what is no text", path=str(path))
         if dtype not in _BITS:
             raise CorruptFileError(f"unknown dtype {dtype!r}", path=str(path), tensor=name)
-        bits = _BITS[dtype]
-        for size in shape:
-            bits *= size
-        if bits != (high - low) * 8:
+        if _BITS[dtype] * math.prod(shape) != (high - low) * 8:
             raise CorruptFileError(
                 f"dtype {dtype} and shape {shape} do not take the {high - low} bytes that its "
                 "data_offsets span",
@@ -193,7 +212,7 @@ def _is_text(name: str) -> bool:
 def _check_coverage(path: Path, entries: tuple[Entry, ...], start: int, size: int) -> None:
     """Check that the tensors cover the data one after another, and that the file has it all."""
     end = start
-    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
+    for entry in sorted(entries, key=itemgetter(3, 4)):
         if entry.offset != end:
             raise CorruptFileError(
                 f"its data begins at byte {entry.offset}, but the tensor before it ends at {end}",

@@ -37,8 +37,14 @@ PICKLE_NAME = "adapter_model.bin"
 
 _KEY = re.compile(rf"((?:{re.escape(PREFIX)})+)(.+?)\.(lora_[AB]\.weight|lora_embedding_[AB])")
 
+_SIDES = {"lora_A.weight": 1, "lora_embedding_A": 1, "lora_B.weight": 2, "lora_embedding_B": 2}
+"""Where a factor stands in a Pair."""
+
 Place = tuple[Header, int, Entry]
 """A tensor, the header that it stands in, and that file's number."""
+
+Pair = list[Any]
+"""A target's prefix in the file, and the places of A and B, None where there is none."""
 
 
 def read_adapter(path: str, table: NameTable) -> Adapter:
@@ -59,7 +65,7 @@ def read_adapter(path: str, table: NameTable) -> Adapter:
     pairs, extras = _pair_up(places)
     if not pairs:
         _refuse_without_factors(directory, [entry.name for _, _, entry in places])
-    prefixes = tuple(sorted({prefix for _, prefix in pairs}))
+    prefixes = tuple(sorted({pair[0] for pair in pairs.values()}))
     rows = _rows(pairs, prefixes, config, table)
     return Adapter(
         path=path,
@@ -127,11 +133,10 @@ def _read_shards(index: Path) -> list[Header]:
     return headers
 
 
-def _pair_up(places: list[Place]) -> tuple[dict[tuple[str, str], dict[str, Place]], list[str]]:
-    """Sort tensors into {(target, prefix): {"A": …, "B": …}}, and the rest."""
-    pairs: dict[tuple[str, str], dict[str, Place]] = {}
+def _pair_up(places: list[Place]) -> tuple[dict[str, Pair], list[str]]:
+    """Sort tensors into the factors of each target, and the names of the rest."""
+    pairs: dict[str, Pair] = {}
     extras: list[str] = []
-    seen: dict[str, str] = {}
     for place in places:
         name = place[2].name
         _refuse_variant_tensor(place)
@@ -139,18 +144,18 @@ def _pair_up(places: list[Place]) -> tuple[dict[tuple[str, str], dict[str, Place
         if match is None:
             extras.append(name)
             continue
-        prefix, target, factor = match[1], match[2], match[3]
-        if seen.setdefault(target, prefix) != prefix:
+        prefix, target, factor = match.groups()
+        pair = pairs.setdefault(target, [prefix, None, None])
+        if pair[0] != prefix:
             raise CorruptFileError(
-                f"{target} stands under two prefixes, {seen[target]!r} and {prefix!r}",
+                f"{target} stands under two prefixes, {pair[0]!r} and {prefix!r}",
                 path=place[0].file.path,
                 tensor=name,
             )
-        pair = pairs.setdefault((target, prefix), {})
-        side = "A" if factor in ("lora_A.weight", "lora_embedding_A") else "B"
-        if side in pair:
+        side = _SIDES[factor]
+        if pair[side] is not None:
             raise CorruptFileError(
-                f"{target} has two {side} factors", path=place[0].file.path, tensor=name
+                f"{target} has two {'_AB'[side]} factors", path=place[0].file.path, tensor=name
             )
         pair[side] = place
     for pair in pairs.values():
@@ -160,7 +165,9 @@ def _pair_up(places: list[Place]) -> tuple[dict[tuple[str, str], dict[str, Place
 
 def _refuse_variant_tensor(place: Place) -> None:
     header, _, entry = place
-    if "lora_magnitude_vector" in entry.name or entry.name.endswith(".dora_scale"):
+    if entry.name.endswith(
+        (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".dora_scale")
+    ):
         raise UnsupportedAdapterError(
             "is a DoRA magnitude; DoRA adapters are not merged, for a sum of them is no LoRA",
             path=header.file.path,
@@ -177,16 +184,17 @@ def _refuse_variant_tensor(place: Place) -> None:
         )
 
 
-def _check_pair(pair: dict[str, Place]) -> None:
+def _check_pair(pair: Pair) -> None:
     """Check that a target has both factors, and that their shapes make one delta."""
-    if len(pair) == 1:
-        ((side, (header, _, entry)),) = pair.items()
+    _, place_a, place_b = pair
+    if place_a is None or place_b is None:
+        header, _, entry = place_a or place_b
         raise CorruptFileError(
-            f"has no {'B' if side == 'A' else 'A'} factor beside it",
+            f"has no {'A' if place_a is None else 'B'} factor beside it",
             path=header.file.path,
             tensor=entry.name,
         )
-    (header, _, a), (_, _, b) = pair["A"], pair["B"]
+    (header, _, a), (_, _, b) = place_a, place_b
     for entry in (a, b):
         if entry.dtype not in DTYPES:
             raise UnsupportedAdapterError(
@@ -234,7 +242,7 @@ def _check_shapes(header: Header, a: Entry, b: Entry) -> None:
 
 
 def _rows(
-    pairs: dict[tuple[str, str], dict[str, Place]],
+    pairs: dict[str, Pair],
     prefixes: tuple[str, ...],
     config: AdapterConfig | None,
     table: NameTable,
@@ -244,10 +252,11 @@ def _rows(
     declared = pattern_lookup(config.rank_pattern, config.rank) if config else _always(0)
     alpha = pattern_lookup(config.alpha_pattern, config.alpha) if config else _always(math.nan)
     numbers = {prefix: number for number, prefix in enumerate(prefixes)}
-    for target, prefix in sorted(pairs):
-        (_, a_file, a), (_, b_file, b) = (pairs[target, prefix][side] for side in "AB")
+    codes = {dtype: code for code, dtype in enumerate(DTYPES)}
+    for target in sorted(pairs):
+        prefix, (_, a_file, a), (_, b_file, b) = pairs[target]
         rank, *inner = a.shape
-        kind = CONV if len(inner) > 1 else EMBEDDING if "lora_embedding_" in a.name else LINEAR
+        kind = CONV if len(inner) > 1 else EMBEDDING if a.name.endswith("_A") else LINEAR
         yield (
             table.add(target),
             kind,
@@ -260,10 +269,10 @@ def _rows(
             numbers[prefix],
             a_file,
             a.offset,
-            DTYPES.index(a.dtype),
+            codes[a.dtype],
             b_file,
             b.offset,
-            DTYPES.index(b.dtype),
+            codes[b.dtype],
         )
 
 
