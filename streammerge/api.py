@@ -20,7 +20,7 @@ from streammerge.output.staging import MARK_NAME, Staging, check_output
 from streammerge.planner import make_plan, resolve_method
 from streammerge.planner.scaling import scalings
 from streammerge.plans import Plan
-from streammerge.readers import read_adapter
+from streammerge.readers import read_adapter, read_adapters
 from streammerge.recipe import Recipe, make_paths, make_weights
 
 if TYPE_CHECKING:
@@ -301,7 +301,7 @@ def _plan(
     resolve_method(recipe)
     allowed, origin = allow(max_memory)
     table = NameTable()
-    manifests = [read_adapter(path, table) for path in recipe.adapters]
+    manifests = read_adapters(recipe.adapters, table)
     place = find_scratch(scratch, output)
     # torch is loaded to measure what the process takes with it, once all that can be refused
     # without it is; an inspection does without.

@@ -72,12 +72,29 @@ class Header:
     entries: tuple[Entry, ...]
 
 
+class HeaderText(NamedTuple):
+    """A header as it stands in a file."""
+
+    file: TensorFile
+    text: bytes
+
+
 def read_header(path: Path) -> Header:
     """Read and check the header of a safetensors file.
 
     Raises:
         MissingFileError: there is no such file.
         CorruptFileError: not a safetensors file, truncated, or at odds with itself.
+    """
+    return parse_header(read_text(path))
+
+
+def read_text(path: Path) -> HeaderText:
+    """Read the header of a safetensors file; of it only its length is checked.
+
+    Raises:
+        MissingFileError: there is no such file.
+        CorruptFileError: not a safetensors file, or truncated inside its header.
     """
     try:
         with path.open("rb") as file:
@@ -89,12 +106,22 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise CorruptFileError(f"cannot be read ({error.strerror})", path=str(path)) from error
     described = TensorFile(str(path), status.st_size, status.st_mtime_ns, status.st_ino)
-    fields = _parse(path, text)
+    return HeaderText(described, text)
+
+
+def parse_header(header: HeaderText) -> Header:
+    """Check a header.
+
+    Raises:
+        CorruptFileError: it is at odds with itself or with the size of its file.
+    """
+    path = Path(header.file.path)
+    fields = _parse(path, header.text)
     metadata = _metadata(path, fields.pop("__metadata__", None))
-    start = 8 + length
+    start = 8 + len(header.text)
     entries = tuple(_entries(path, fields, start))
-    _check_coverage(path, entries, start, status.st_size)
-    return Header(described, metadata, entries)
+    _check_coverage(path, entries, start, header.file.size)
+    return Header(header.file, metadata, entries)
 
 
 def _header_length(path: Path, head: bytes, size: int) -> int:
