@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge import events
 from streammerge.adapter import Adapter, NameTable
-from streammerge.budget import Budget, allow, parse_size
+from streammerge.budget import CPU, Budget, allow, parse_size
 from streammerge.errors import RecipeError, VerificationError
 from streammerge.output.record import check_record, write_timings
 from streammerge.output.space import check_space, find_scratch
@@ -93,6 +93,8 @@ def plan(
     strict_base: bool = False,
     max_memory: str | int | None = None,
     workers: int | None = None,
+    device: str = CPU,
+    max_vram: str | int | None = None,
     io: str = "mmap",
     scratch: StrPath | None = None,
     max_shard_size: str | int | None = None,
@@ -132,6 +134,8 @@ def plan(
         output=output,
         max_memory=max_memory,
         workers=workers,
+        device=device,
+        max_vram=max_vram,
         io=io,
         scratch=scratch,
     )[0]
@@ -158,6 +162,8 @@ def merge(
     strict_base: bool = False,
     max_memory: str | int | None = None,
     workers: int | None = None,
+    device: str = CPU,
+    max_vram: str | int | None = None,
     io: str = "mmap",
     scratch: StrPath | None = None,
     max_shard_size: str | int | None = None,
@@ -188,6 +194,8 @@ def merge(
         max_memory: for the whole process, in bytes or like "2GiB"; what the machine grants, with
             headroom, when None.
         workers: tasks at once; the number of cores when None.
+        device: where tiles are made and decomposed: "cpu", "cuda", "cuda:1", "xpu", …
+        max_vram: of the device's memory, in bytes or like "8GiB"; what is free when None.
         io: "mmap", or "pread" for network file systems.
         scratch: directory on a disk for tiles that do not fit into memory, or "none" to make them
             again instead; the output's own parent when None and it is on a disk.
@@ -229,6 +237,8 @@ def merge(
         output=output,
         max_memory=max_memory,
         workers=workers,
+        device=device,
+        max_vram=max_vram,
         io=io,
         scratch=scratch,
     )
@@ -290,6 +300,8 @@ def _plan(
     output: StrPath | None,
     max_memory: str | int | None,
     workers: int | None,
+    device: str,
+    max_vram: str | int | None,
     io: str,
     scratch: StrPath | None,
 ) -> tuple[Plan, list[Adapter]]:
@@ -305,10 +317,12 @@ def _plan(
     place = find_scratch(scratch, output)
     # torch is loaded to measure what the process takes with it, once all that can be refused
     # without it is; an inspection does without.
-    from streammerge.worker import measure_process  # noqa: PLC0415
+    from streammerge.worker import find_device, measure_process  # noqa: PLC0415
 
+    vram = None if max_vram is None else parse_size(max_vram, option="max_vram")
+    found = find_device(device, vram)
     budget = Budget(allowed, origin, measure_process(), threads)
-    planned = make_plan(manifests, recipe, budget, io=io, scratch=place)
+    planned = make_plan(manifests, recipe, budget, device=found, io=io, scratch=place)
     if output is not None:
         check_space(os.fspath(Path(output).resolve().parent), planned.write_bytes)
     if place is not None:

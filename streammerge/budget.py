@@ -105,6 +105,22 @@ class Budget:
         return (self.allowed_bytes - self.reserved_bytes) // self.threads
 
 
+CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where tasks compute, and how much of its memory they may take, in bytes."""
+
+    name: str = CPU
+    """As torch spells it: "cpu", "cuda", "cuda:1", "xpu", …"""
+    allowed_bytes: int = 0
+    """Of its own memory; nothing on the CPU, whose memory is the process's."""
+
+
+ON_CPU = Device()
+
+
 def allow(max_memory: str | int | None) -> tuple[int, str]:
     """Return how much the user allows, or the machine grants with headroom, and who said so."""
     if max_memory is not None:

@@ -41,6 +41,8 @@ class ModuleReport:
     """How far that is above the best possible of the rank, relatively; an estimate."""
     converged: bool
     """False where the planned passes did not reach the tolerance."""
+    device: str
+    """Where it was computed; out of device memory a target goes to the CPU."""
 
 
 def finish(
@@ -63,7 +65,7 @@ def finish(
     write_config(directory, planned)
     facts = {
         "streammerge": metadata.version("streammerge"),
-        "fingerprint": fingerprint(),
+        "fingerprint": fingerprint(planned.device),
         "inputs": _inputs(planned, manifests, receipts),
         "modules": {report.target: _facts(report) for report in modules},
     }
@@ -125,6 +127,7 @@ def _report(task: Task, receipt: Receipt) -> ModuleReport:
         relative_error=certificate.relative_error if certificate else None,
         excess=certificate.excess if certificate else None,
         converged=certificate.converged if certificate else True,
+        device=receipt.device,
     )
 
 

@@ -101,6 +101,9 @@ class Task:
     read_bytes: int
     write_bytes: int
     projected_bytes: int
+    """What the task holds of the process's memory at most."""
+    device_bytes: int
+    """What it holds of a device's memory at most; 0 where it computes on the CPU."""
     flops: int
     a: Region
     b: Region
@@ -154,6 +157,9 @@ class Plan:
     reserved_bytes: int
     concurrency: int
     """Tasks in flight at once."""
+    device: str = "cpu"
+    """Where tasks compute, as torch spells it."""
+    device_allowed_bytes: int = 0
     io: str = "mmap"
     """How inputs are read: "mmap" or "pread"."""
     scratch: str | None = None

@@ -88,6 +88,10 @@ _OPTIONS = (
         help="For the whole process, like 512MiB.  [default: what the machine grants]",
     ),
     click.option("--workers", type=int, help="Tasks at once.  [default: the number of cores]"),
+    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, xpu, …"),
+    click.option(
+        "--max-vram", metavar="SIZE", help="Of the device's memory.  [default: what is free]"
+    ),
     click.option(
         "--io",
         default="mmap",

@@ -54,6 +54,15 @@ def project(course: Course, rule: RuleSpec, shape: Shape, holding: Holding) -> i
     return parts[course.route]() + SLACK_BYTES
 
 
+def project_host(shape: Shape) -> int:
+    """Return what a task holds in the process's memory while it computes on a device.
+
+    The factor in hand, stored and on its way; the pair on its way back.
+    """
+    incoming = max(shape.ranks) * max(shape.m, shape.n) * (shape.stored_item + shape.item)
+    return incoming + _pair(shape) + SLACK_BYTES
+
+
 def _concatenate(shape: Shape) -> int:
     """A tile of A: stored, converted, cast. Or some rows of B: the parts, joined, cast."""
     elements = max(

@@ -1,6 +1,6 @@
 """The worker: the one place that holds bytes and maths together, and that touches a device."""
 
-from streammerge.worker.job import Job, fingerprint, measure_process, one_thread_each
+from streammerge.worker.job import Job, find_device, fingerprint, measure_process, one_thread_each
 from streammerge.worker.receipt import Certificate, Receipt
 from streammerge.worker.run import run_task
 
@@ -8,6 +8,7 @@ __all__ = [
     "Certificate",
     "Job",
     "Receipt",
+    "find_device",
     "fingerprint",
     "measure_process",
     "one_thread_each",

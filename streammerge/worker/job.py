@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from streammerge.adapter import Adapter
-from streammerge.budget import resident_bytes, round_process
+from streammerge.budget import CPU, HEADROOM, Device, resident_bytes, round_process
+from streammerge.errors import RecipeError
 from streammerge.kernels.tiles import RuleOptions
 from streammerge.output.writer import RegionWriter
 from streammerge.plans import Plan, Region
@@ -35,7 +36,7 @@ class Job:
         self.directory = directory
         self.starts = starts
         """Where each output file's data begin."""
-        self.device = torch.device("cpu")
+        self.device = torch.device(plan.device)
         self.files = OpenFiles()
         self.window = {"mmap": mapped, "pread": pread}[plan.io](self.files)
         recipe = plan.recipe
@@ -77,7 +78,7 @@ def one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def fingerprint() -> dict[str, str]:
+def fingerprint(device: str) -> dict[str, str]:
     """Return what decides the rounding of results on this machine."""
     build = torch.__config__.show()
     blas = next((line.strip(" -") for line in build.splitlines() if "Math Kernel" in line), "other")
@@ -85,8 +86,36 @@ def fingerprint() -> dict[str, str]:
         "torch": torch.__version__,
         "blas": blas,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "device": "cpu",
+        "device": torch.device(device).type,
     }
+
+
+def find_device(name: str, max_vram: int | None) -> Device:
+    """Return the device of this name, and how much of its memory tasks may take.
+
+    Args:
+        name: as torch spells it.
+        max_vram: in bytes; what is free on the device, with headroom, when None.
+
+    Raises:
+        RecipeError: there is no such device, or its free memory is not known and was not given.
+    """
+    try:
+        device = torch.device(name)
+        if device.type != CPU:
+            torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"device {name!r} is not there: {error}", option="device") from error
+    if device.type == CPU:
+        if max_vram is not None:
+            raise RecipeError("max_vram goes with a device other than the CPU", option="max_vram")
+        return Device()
+    if max_vram is None:
+        if device.type != "cuda":
+            raise RecipeError(f"say how much of {name} may be used", option="max_vram")
+        free, _ = torch.cuda.mem_get_info(device)
+        max_vram = int(free * HEADROOM)
+    return Device(name, max_vram)
 
 
 def measure_process() -> int:

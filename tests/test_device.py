@@ -1,0 +1,207 @@
+"""Device memory: counted tensor by tensor, and run out of on purpose; no GPU is needed for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import streammerge
+from making import Layer, linear, write_adapter
+from streammerge import errors
+from streammerge.adapter import NameTable
+from streammerge.api import plan
+from streammerge.budget import Budget, Device
+from streammerge.output.writer import allocate
+from streammerge.planner import make_plan
+from streammerge.plans import Plan
+from streammerge.readers import read_adapters
+from streammerge.recipe import Recipe
+from streammerge.worker import Job, run_task
+from streammerge.worker import run as worker_run
+
+MIB = 1024**2
+LAYERS = {"wide": linear(1536, 3072, 16), "tall": linear(3072, 640, 16)}
+METHODS = ("linear", "cat", "svd", "ties", "dare_ties", "ties_svd", "dare_linear_svd")
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make and that are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run the operation and look at what it made."""
+        made = func(*args, **(kwargs or {}))
+        inputs = {
+            x.untyped_storage()._cdata
+            for x in tree_leaves((args, kwargs))
+            if isinstance(x, torch.Tensor)
+        }
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in inputs or storage._cdata in self._alive:
+                    self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._alive = {key: ref for key, ref in self._alive.items() if not ref[0].expired()}
+        self.peak = max(self.peak, sum(nbytes for _, nbytes in self._alive.values()))
+        return made
+
+
+class FailOnce(TorchDispatchMode):
+    """Raises an out-of-memory error in the place of one operation."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left = at
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run the operation, or fail."""
+        self.left -= 1
+        if self.left == 0:
+            raise torch.OutOfMemoryError("injected")
+        return func(*args, **(kwargs or {}))
+
+
+def make_job(
+    folder: Path, method: str, *, max_memory: int = 4096 * MIB, layers: dict[str, Layer] = LAYERS
+) -> Job:
+    """Plan a merge and return the job, its output files allocated."""
+    paths = [str(write_adapter(folder / f"in{i}", layers, seed=i, dtype="BF16")) for i in range(5)]
+    density = None if method in ("linear", "cat", "svd") else 0.2
+    made = plan(paths, method=method, density=density, max_memory=max_memory, workers=1)
+    return job_of(made, paths, folder)
+
+
+def job_of(made: Plan, paths: list[str], folder: Path) -> Job:
+    """Return the job of a plan."""
+    output = folder / "out"
+    output.mkdir()
+    regions = [region for task in made.tasks for region in (task.a, task.b)]
+    starts = allocate(output, made.files, regions, made.dtype)
+    return Job(made, read_adapters(paths, NameTable()), output, starts)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tensors_stay_below_the_projection(method: str, tmp_path: Path) -> None:
+    """The same formula speaks of a device's memory, where only tensors count."""
+    job = make_job(tmp_path, method)
+    for task in job.plan.tasks:
+        with LiveBytes() as live:
+            run_task(job, task)
+        assert live.peak <= task.projected_bytes
+        assert live.peak >= 0.2 * (task.projected_bytes - 12 * MIB)
+
+
+@pytest.mark.parametrize("at", [1, 3, 40, 400])
+def test_out_of_memory_is_tried_again_with_less(at: int, tmp_path: Path) -> None:
+    """Nothing is held the second time, and the bytes are the same."""
+    job = make_job(tmp_path, "ties_svd", layers={"wide": LAYERS["wide"]})
+    (task,) = job.plan.tasks
+    assert task.resident
+    assert task.factors
+    assert task.stacked
+    expected = run_task(job, task).checksums
+    with FailOnce(at) as failing:
+        receipt = run_task(job, task)
+    assert failing.left < 0
+    assert receipt.checksums == expected
+    assert receipt.device == "cpu"
+
+
+def test_out_of_device_memory_ends_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tmp_path, "ties_svd", layers={"wide": LAYERS["wide"]})
+    (task,) = job.plan.tasks
+    expected = run_task(job, task).checksums
+    tried: list[tuple[str, int]] = []
+    run_on: Callable[..., Any] = worker_run._run_on
+
+    def full_device(device: torch.device, job: Job, attempt: Any) -> Any:
+        tried.append((device.type, attempt.resident))
+        if device.type != "cpu":
+            raise torch.OutOfMemoryError("injected")
+        return run_on(device, job, attempt)
+
+    monkeypatch.setattr(worker_run, "_run_on", full_device)
+    job.device = torch.device("cuda")
+    receipt = run_task(job, task)
+    assert tried == [("cuda", task.resident), ("cuda", 0), ("cpu", 0)]
+    assert receipt.device == "cpu"
+    assert receipt.checksums == expected
+
+
+def test_no_memory_anywhere_is_an_error_of_its_own(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "svd", layers={"wide": LAYERS["wide"]})
+    (task,) = job.plan.tasks
+    with FailOnce(5), pytest.raises(errors.MemoryExhaustedError, match="wide"):
+        run_task(job, task)
+
+
+def test_device_memory_is_planned(tmp_path: Path) -> None:
+    """Less of it means fewer tiles held and the same tiles; the host holds little."""
+    paths = [str(write_adapter(tmp_path / f"in{i}", LAYERS, seed=i)) for i in range(3)]
+    recipe = Recipe(tuple(paths), "ties_svd", (1.0, 1.0, 1.0), density=0.2)
+    manifests = read_adapters(paths, NameTable())
+    budget = Budget(2048 * MIB, "test", threads=1)
+    with pytest.raises(errors.BudgetError, match="cuda") as refused:
+        make_plan(manifests, recipe, budget, device=Device("cuda", MIB))
+    sizes = (refused.value.smallest_bytes + 6 * MIB, 4000 * MIB)
+    plans = [make_plan(manifests, recipe, budget, device=Device("cuda", size)) for size in sizes]
+    for made, size in zip(plans, sizes, strict=True):
+        assert made.device == "cuda"
+        for task in made.tasks:
+            assert 0 < task.device_bytes <= size
+    small, large = (made.tasks[1] for made in plans)
+    assert small.resident < large.resident
+    assert replace(small, resident=0, factors=0, stacked=False, device_bytes=0) == replace(
+        large, resident=0, factors=0, stacked=False, device_bytes=0
+    )
+    on_cpu = make_plan(manifests, recipe, budget).tasks[1]
+    assert large.projected_bytes < on_cpu.projected_bytes
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:77"])
+def test_a_device_that_is_not_there(device: str, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "in", LAYERS)
+    with pytest.raises(errors.RecipeError, match="is not there"):
+        streammerge.plan([adapter], device=device, max_vram="1GiB")
+
+
+def test_vram_without_a_device(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "in", LAYERS)
+    with pytest.raises(errors.RecipeError, match="max_vram"):
+        streammerge.plan([adapter], max_vram="1GiB")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_a_gpu_agrees_with_the_cpu(method: str, tmp_path: Path) -> None:
+    """To rounding, through the residual where something is truncated."""
+    paths = [write_adapter(tmp_path / f"in{i}", LAYERS, seed=i) for i in range(3)]
+    density = None if method in ("linear", "cat", "svd") else 0.2
+    results = {
+        device: streammerge.merge(
+            paths, tmp_path / device, method=method, density=density, device=device
+        )
+        for device in ("cpu", "cuda")
+    }
+    for on_cpu, on_gpu in zip(results["cpu"].modules, results["cuda"].modules, strict=True):
+        assert on_gpu.device == "cuda"
+        if on_cpu.relative_error is not None:
+            assert on_gpu.relative_error == pytest.approx(on_cpu.relative_error, rel=1e-4)

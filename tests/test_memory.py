@@ -1,0 +1,230 @@
+"""The memory promise: real runs under a hard cap, tasks against their projections, refusals."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import streammerge
+from capped import MIB, run_cli, task_peaks
+from making import Layer, embedding, linear, write_adapter
+from streammerge import errors
+from streammerge.budget import Budget, granted_by_machine, parse_size
+
+WEIGHTS = "adapter_model.safetensors"
+WITHOUT_DENSITY = ("linear", "cat", "svd")
+
+
+def make(folder: Path, count: int, layers: dict[str, Layer], dtype: str = "BF16") -> list[str]:
+    """Write adapters and return their paths."""
+    return [
+        str(write_adapter(folder / f"adapter{i:03d}", layers, seed=i, dtype=dtype))
+        for i in range(count)
+    ]
+
+
+def options(method: str) -> dict[str, object]:
+    """What a method needs."""
+    return {"method": method} | ({} if method in WITHOUT_DENSITY else {"density": 0.2})
+
+
+def flags(method: str) -> list[str]:
+    """The same for the command line."""
+    return ["--method", method, *([] if method in WITHOUT_DENSITY else ["--density", "0.2"])]
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "layers", "route"),
+    [
+        pytest.param("ties_svd", 4, {"up": linear(6144, 4096, 16)}, "krylov", id="merged 96 MiB"),
+        pytest.param("svd", 30, {"up": linear(2048, 2048, 64)}, "sum", id="factors 30 MiB"),
+        pytest.param("svd", 3, {"emb": embedding(1024, 50000, 16)}, "core", id="an embedding"),
+        pytest.param("dare_ties", 4, {"emb": embedding(2048, 60000, 32)}, "fold", id="tiles"),
+        pytest.param("cat", 4, {"emb": embedding(2048, 60000, 32)}, "concatenate", id="copied"),
+    ],
+)
+def test_a_merge_under_a_hard_cap(
+    method: str, count: int, layers: dict[str, Layer], route: str, tmp_path: Path
+) -> None:
+    """It ends well inside the smallest budget, which is the cap, with the bytes of a free run."""
+    adapters = make(tmp_path / "in", count, layers)
+    smallest = smallest_budget(adapters, method)
+    free = streammerge.merge(adapters, tmp_path / "free", workers=1, **options(method))
+    assert {task.route for task in free.plan.tasks} == {route}
+    arguments = ["merge", *adapters, "-o", str(tmp_path / "out"), *flags(method)]
+    capped = run_cli([*arguments, "--max-memory", str(smallest)], cap_bytes=smallest)
+    assert capped.returncode == 0, capped.stderr
+    assert capped.peak_bytes <= smallest
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "free" / WEIGHTS).read_bytes()
+
+
+def smallest_budget(adapters: list[str], method: str) -> int:
+    """Return the smallest budget of a fresh process, which reserves less than this one."""
+    with pytest.raises(errors.BudgetError) as refused:
+        streammerge.plan(adapters, max_memory="1MiB", **options(method))
+    return refused.value.projected_bytes + Budget(0, "", threads=1).reserved_bytes
+
+
+def test_the_named_budget_is_that_of_a_fresh_process(tmp_path: Path) -> None:
+    adapters = make(tmp_path / "in", 2, {"up": linear(2048, 1024, 8)})
+    refused = run_cli(["plan", *adapters, *flags("ties_svd"), "--max-memory", "1MiB"])
+    assert refused.returncode == 2
+    named = re.search(r"\((\d+) bytes\) at least", refused.stderr)
+    assert named, refused.stderr
+    assert int(named[1]) == smallest_budget(adapters, "ties_svd")
+
+
+def test_one_byte_less_is_refused(tmp_path: Path) -> None:
+    adapters = make(tmp_path / "in", 2, {"up": linear(2048, 1024, 8)})
+    smallest = smallest_budget(adapters, "ties_svd")
+    arguments = ["merge", *adapters, "-o", str(tmp_path / "out"), *flags("ties_svd")]
+    refused = run_cli([*arguments, "--max-memory", str(smallest - 1)])
+    assert refused.returncode == 2
+    assert str(smallest) in refused.stderr
+    assert not (tmp_path / "out").exists()
+    done = run_cli([*arguments, "--max-memory", str(smallest)], cap_bytes=smallest)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_refusal_names_the_target_that_needs_most(tmp_path: Path) -> None:
+    layers = {"small": linear(512, 512, 8), "large": linear(4096, 4096, 8)}
+    adapters = make(tmp_path / "in", 2, layers)
+    with pytest.raises(errors.BudgetError) as refused:
+        streammerge.plan(adapters, max_memory="2MiB", **options("ties_svd"))
+    assert refused.value.target == "large"
+    assert refused.value.allowed_bytes == 2 * MIB
+    assert refused.value.smallest_bytes > refused.value.projected_bytes > 0
+
+
+@pytest.mark.parametrize(
+    "method", ["linear", "cat", "svd", "ties", "dare_ties", "ties_svd", "dare_linear_svd"]
+)
+@pytest.mark.parametrize("memory", ["least", "ample"])
+def test_every_task_keeps_its_projection(method: str, memory: str, tmp_path: Path) -> None:
+    """Measured task by task, in a process of its own, by resetting VmHWM before each."""
+    layers = {"wide": linear(1536, 4096, 16), "tall": linear(4096, 1024, 16)}
+    adapters = make(tmp_path / "in", 6, layers)
+    allowed = smallest_budget(adapters, method) if memory == "least" else 4096 * MIB
+    measured = task_peaks(adapters, max_memory=allowed, **options(method))
+    for task in measured["tasks"]:
+        assert task["peak_bytes"] <= task["projected_bytes"], task
+
+
+def test_memory_that_is_there_is_used(tmp_path: Path) -> None:
+    """With room for the merged matrix, tiles are held, and the projection is no idle number."""
+    adapters = make(tmp_path / "in", 4, {"up": linear(4096, 4096, 16)})
+    smallest = smallest_budget(adapters, "magnitude_prune_svd")
+    allowed = smallest + 80 * MIB
+    measured = task_peaks(adapters, max_memory=allowed, **options("magnitude_prune_svd"))
+    (task,) = measured["tasks"]
+    assert task["peak_bytes"] / (allowed - measured["reserved_bytes"]) >= 0.3
+
+
+def test_many_adapters_under_few_descriptors(tmp_path: Path) -> None:
+    adapters = make(tmp_path / "in", 300, {"up": linear(64, 48, 2)})
+    arguments = ["merge", *adapters, "-o", str(tmp_path / "out"), *flags("ties")]
+    done = run_cli(arguments, open_files=100)
+    assert done.returncode == 0, done.stderr
+
+
+def test_alike_adapters_share_their_columns(tmp_path: Path) -> None:
+    """A thousand manifests of one shape take the memory of one."""
+    from streammerge.adapter import NameTable
+    from streammerge.readers import read_adapter, read_adapters
+
+    layers = {f"layers.{i}.up": linear(8, 6, 2) for i in range(50)}
+    paths = make(tmp_path / "in", 3, layers)
+    odd = str(write_adapter(tmp_path / "odd", layers, lora_alpha=7.0))
+    table = NameTable()
+    first, second, third, other = read_adapters([*paths, odd], table)
+    assert first.columns is second.columns is third.columns
+    assert other.columns is not first.columns
+    alone = read_adapter(odd, NameTable())
+    assert (alone.columns.alpha == other.columns.alpha).all()
+    assert first.factor(3, "A").file.path != second.factor(3, "A").file.path
+
+
+@pytest.mark.parametrize(
+    ("files", "environ", "expected"),
+    [
+        pytest.param(
+            {
+                "proc/self/cgroup": "0::/user/job\n",
+                "sys/fs/cgroup/user/memory.max": "536870912\n",
+                "sys/fs/cgroup/user/job/memory.max": "max\n",
+            },
+            {},
+            (512 * MIB, "memory cgroup v2"),
+            id="cgroup v2, set on the parent",
+        ),
+        pytest.param(
+            {
+                "proc/self/cgroup": "5:cpu:/\n4:memory:/job\n0::/\n",
+                "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "268435456\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+            },
+            {},
+            (256 * MIB, "memory cgroup v1"),
+            id="cgroup v1",
+        ),
+        pytest.param(
+            {}, {"SLURM_MEM_PER_NODE": "128"}, (128 * MIB, "SLURM_MEM_PER_NODE"), id="node"
+        ),
+        pytest.param(
+            {},
+            {"SLURM_MEM_PER_CPU": "32", "SLURM_CPUS_ON_NODE": "4"},
+            (128 * MIB, "SLURM_MEM_PER_CPU"),
+            id="SLURM, for each CPU",
+        ),
+    ],
+)
+def test_what_the_machine_grants(
+    files: dict[str, str], environ: dict[str, str], expected: tuple[int, str], tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert min(granted_by_machine(tmp_path, environ)) == expected
+
+
+def test_the_plan_says_where_its_budget_comes_from(tmp_path: Path) -> None:
+    adapters = make(tmp_path / "in", 1, {"up": linear(64, 48, 2)})
+    assert streammerge.plan(adapters, max_memory="1GiB").allowed_origin == "max_memory"
+    assert "%" in streammerge.plan(adapters).allowed_origin
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512MiB", 512 * MIB), ("2 GB", 2 * 10**9), ("1.5g", 1536 * MIB), ("7", 7), (7, 7)],
+)
+def test_sizes(text: str | int, size: int) -> None:
+    assert parse_size(text, option="max_memory") == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1", "0", "5 bananas", 0, True])
+def test_what_is_no_size(text: str | int) -> None:
+    with pytest.raises(errors.RecipeError, match="max_memory"):
+        parse_size(text, option="max_memory")
+
+
+def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output's size is known, so a full disk is seen before any work."""
+    import shutil
+
+    adapters = make(tmp_path / "in", 1, {"up": linear(64, 48, 2)})
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _place: usage._replace(free=100))
+    with pytest.raises(errors.DiskSpaceError) as refused:
+        streammerge.merge(adapters, tmp_path / "out")
+    assert refused.value.free_bytes == 100
+    assert not (tmp_path / "out").exists()
+
+
+def test_scratch_that_is_memory(tmp_path: Path) -> None:
+    adapters = make(tmp_path / "in", 1, {"up": linear(64, 48, 2)})
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("there is no /dev/shm here")
+    with pytest.raises(errors.RecipeError, match="tmpfs"):
+        streammerge.plan(adapters, scratch="/dev/shm")
