@@ -46,7 +46,7 @@ def status(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 adapters, options, directory = json.load(sys.stdin)
-made = plan(adapters, workers=1, **options)
+made = plan(adapters, workers=1, scratch=directory, **options)
 table = NameTable()
 manifests = [read_adapter(path, table) for path in adapters]
 regions = [region for task in made.tasks for region in (task.a, task.b)]

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from streammerge.catalog import RULES
+from streammerge.catalog import RULES, Sparsity
 from streammerge.draw import random_mask
 from streammerge.kernels.thresholds import Threshold, find_threshold
 from streammerge.rules import FUNCTIONS, Tile
@@ -66,23 +66,15 @@ def merged_tiles(operands: Operands, options: RuleOptions, *, stacked: bool = Fa
     def tile_at(t: int) -> torch.Tensor:
         return rule(
             Tile(
-                tensors=lambda: maker.go_over(t, _leave),
-                largest=lambda: maker.go_over(t, maker.prune_),
-                random=lambda: maker.go_over(t, maker.drop_),
+                tensors=lambda: maker.go_over(t, "none"),
+                largest=lambda: maker.go_over(t, "largest"),
+                random=lambda: maker.go_over(t, "random"),
                 weights=operands.weights,
                 majority_sign=options.majority_sign,
             )
         )
 
     return tile_at
-
-
-Change = Callable[[int, int, torch.Tensor], torch.Tensor]
-"""Changes tile t of tensor i in place."""
-
-
-def _leave(_i: int, _t: int, x: torch.Tensor) -> torch.Tensor:
-    return x
 
 
 class _TileMaker:
@@ -94,7 +86,7 @@ class _TileMaker:
         size = operands.largest_tile
         self._buffers = [operands.new_buffer(size) for _ in range(len(operands) if stacked else 1)]
         self._stacked = stacked
-        self._made: tuple[int, Change, list[torch.Tensor]] | None = None
+        self._made: tuple[int, Sparsity, list[torch.Tensor]] | None = None
         self._mask: torch.Tensor | None = None
         self._thresholds: list[Threshold] = []
         if RULES[options.rule].sparsity == "largest":
@@ -103,24 +95,25 @@ class _TileMaker:
                 for i in range(len(operands))
             ]
 
-    def go_over(self, t: int, change: Change) -> Iterator[torch.Tensor]:
-        """Yield tile t of each tensor, changed."""
-        if self._made is not None and self._made[:2] == (t, change):
+    def go_over(self, t: int, kept: Sparsity) -> Iterator[torch.Tensor]:
+        """Yield tile t of each tensor, with all, the largest or random elements kept."""
+        if self._made is not None and self._made[:2] == (t, kept):
             yield from self._made[2]
             return
         self._made, made = None, []
         for i in range(len(self._operands)):
             buffer = self._buffers[i if self._stacked else 0]
-            made.append(change(i, t, self._operands.fill(i, t, buffer)))
-            yield made[-1]
+            x = self._operands.fill(i, t, buffer)
+            if kept == "largest":
+                x = self._thresholds[i].prune_(x, t)
+            elif kept == "random":
+                x = self._drop_(i, t, x)
+            made.append(x)
+            yield x
         if self._stacked:
-            self._made = (t, change, made)
+            self._made = (t, kept, made)
 
-    def prune_(self, i: int, t: int, x: torch.Tensor) -> torch.Tensor:
-        """Keep the largest magnitudes."""
-        return self._thresholds[i].prune_(x, t)
-
-    def drop_(self, i: int, t: int, x: torch.Tensor) -> torch.Tensor:
+    def _drop_(self, i: int, t: int, x: torch.Tensor) -> torch.Tensor:
         """Keep random elements at the rate of the density, and divide them by it."""
         if self._density >= 1:
             return x
