@@ -15,6 +15,8 @@ from streammerge.plans import factor_rows, flat_tiles, longest, row_tiles
 SLACK_BYTES = 8 * 1024**2
 """Allocator rounding, small tensors of a task, and pages of files at both ends of a window."""
 
+PAGE_BYTES = 4096
+
 COUNTER_BYTES = 4 * 1024**2
 """Histogram and chunk buffers of one threshold's search, or of one stream of random bits."""
 
@@ -32,8 +34,8 @@ class Holding:
 
 
 def tile_bytes(shape: Shape) -> int:
-    """Bytes of the largest tile of the merged matrix."""
-    return longest(row_tiles(shape.m, shape.n)) * shape.n * shape.item
+    """Bytes of the largest tile of the merged matrix, with the pages that it begins and ends in."""
+    return longest(row_tiles(shape.m, shape.n)) * shape.n * shape.item + 2 * PAGE_BYTES
 
 
 def factor_bytes(shape: Shape, count: int) -> int:
