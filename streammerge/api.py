@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 from streammerge import events
 from streammerge.adapter import Adapter, NameTable
 from streammerge.budget import CPU, Budget, allow, parse_size
-from streammerge.errors import RecipeError, VerificationError
+from streammerge.errors import (
+    MissingFileError,
+    RecipeError,
+    VerificationError,
+)
 from streammerge.output.record import check_record, write_timings
 from streammerge.output.space import check_space, find_scratch
 from streammerge.output.staging import MARK_NAME, Staging, check_output
@@ -21,7 +25,7 @@ from streammerge.planner import make_plan, resolve_method
 from streammerge.planner.scaling import scalings
 from streammerge.plans import Plan
 from streammerge.readers import read_adapter, read_adapters
-from streammerge.recipe import Recipe, make_paths, make_weights
+from streammerge.recipe import Recipe, make_number, make_paths, make_weights
 
 if TYPE_CHECKING:
     from streammerge.finish import ModuleReport
@@ -200,14 +204,15 @@ def merge(
         scratch: directory on a disk for tiles that do not fit into memory, or "none" to make them
             again instead; the output's own parent when None and it is on a disk.
         max_shard_size: write shards of at most this size, with an index; one file when None.
-        overwrite: replace an earlier output of streammerge.
+        overwrite: replace an earlier output of streammerge, which may be one of the inputs. A
+            directory that holds anything else is never replaced.
         on_event: called with what happens; notices become Python warnings when None.
 
     Raises:
         RefusedError: before any work, a subclass of it says why; nothing was written.
         MergeFailedError: during the work; nothing lies at the output's name.
     """
-    # torch is loaded here, when there is work for it, and not for a plan or an inspection.
+    # torch is loaded here, when there is work for it, and not for an inspection.
     from streammerge.run import run_plan  # noqa: PLC0415
 
     began = time.perf_counter()
@@ -267,14 +272,15 @@ def verify(path: StrPath) -> Verification:
         AdapterError: it cannot be read at all.
     """
     directory = Path(path)
-    manifest = open_adapter(directory)
+    if not directory.is_dir():
+        raise MissingFileError("no such directory", path=str(directory))
     recorded = (directory / MARK_NAME).is_file()
-    problems: list[str] = []
     if recorded:
-        _, problems = check_record(directory)
+        problems = check_record(directory)
+        if problems:
+            raise VerificationError(path=str(directory), problems=tuple(problems))
+    manifest = open_adapter(directory)
     scalings(manifest, None)
-    if problems:
-        raise VerificationError(path=str(directory), problems=tuple(problems))
     return Verification(directory, len(manifest), 2 * len(manifest), recorded)
 
 
@@ -289,6 +295,12 @@ def _recipe(
     shard = None
     if max_shard_size is not None:
         shard = parse_size(max_shard_size, option="max_shard_size")
+    for option in ("density", "clamp"):
+        fields[option] = make_number(fields[option], float, option=option)
+    for option in ("rank", "seed"):
+        fields[option] = make_number(fields[option], int, option=option)
+    if not isinstance(fields["scaling"], str):
+        fields["scaling"] = make_number(fields["scaling"], float, option="scaling")
     return Recipe(
         adapters=paths, weights=make_weights(weights, len(paths)), max_shard_bytes=shard, **fields
     )
@@ -305,7 +317,8 @@ def _plan(
     io: str,
     scratch: StrPath | None,
 ) -> tuple[Plan, list[Adapter]]:
-    threads = len(os.sched_getaffinity(0)) if workers is None else workers
+    asked = make_number(workers, int, option="workers")
+    threads = len(os.sched_getaffinity(0)) if asked is None else asked
     if threads < 1:
         raise RecipeError(f"workers must be at least 1, not {workers}", option="workers")
     if io not in IO_WAYS:

@@ -15,6 +15,9 @@ ENERGY_TOLERANCE = 1e-4
 ZERO_TOLERANCE = 1e-5
 """A residual of this share of the merged matrix is rounding, and good enough whatever its parts."""
 
+NOISE = 8
+"""A product below so many roundings of its factors' norms is zero."""
+
 GAP = 1.1
 """From this ratio of σ_R to σ_{R+1} on the best approximation is unique enough to be aimed at."""
 
@@ -92,7 +95,12 @@ def truncate_product(b: torch.Tensor, a: torch.Tensor, rank: int) -> Truncation:
     q_b, r_b = thin_qr(b)
     q_a, r_a = thin_qr(a.mT)
     left, s, right = torch.linalg.svd(r_b.double() @ r_a.double().mT, full_matrices=False)
-    return _leading((q_b, left), s, (q_a, right.mT), rank)
+    triples = _leading((q_b, left), s, (q_a, right.mT), rank)
+    noise = NOISE * torch.finfo(b.dtype).eps * float(b.norm()) * float(a.norm())
+    if triples.energy <= noise**2 < math.inf:
+        # What is left of terms that cancel is rounding, and no part of it is better than another.
+        return replace(triples, energy=0.0, lost=0.0)
+    return triples
 
 
 def truncate_matrix(matrix: torch.Tensor, rank: int) -> Truncation:

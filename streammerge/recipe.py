@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from streammerge.errors import RecipeError
+
+Number = TypeVar("Number", int, float)
 
 OUTPUT_DTYPES = ("auto", "float64", "float32", "float16", "bfloat16")
 COMPUTE_DTYPES = ("float32", "float64")
@@ -88,7 +91,7 @@ class Recipe:
 
 
 def make_weights(
-    weights: Sequence[float] | float | None, count: int, *, option: str = "weights"
+    weights: Iterable[float] | float | None, count: int, *, option: str = "weights"
 ) -> tuple[float, ...]:
     """Return a weight for each of `count` adapters: 1.0 each when None.
 
@@ -97,11 +100,30 @@ def make_weights(
     """
     if weights is None:
         return (1.0,) * count
-    entries = weights if isinstance(weights, Sequence) else (weights,)
     try:
+        if isinstance(weights, str):
+            raise TypeError
+        entries = weights if isinstance(weights, Iterable) else (weights,)
         return tuple(float(w) for w in entries)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{option}: not numbers: {weights!r}", option=option) from error
+
+
+def make_number(value: Any, kind: type[Number], *, option: str) -> Number | None:
+    """Return an option's value as a plain int or float, None as it is; numpy's are taken too.
+
+    Raises:
+        RecipeError: it is not such a number.
+    """
+    if value is None:
+        return None
+    try:
+        if isinstance(value, (str, bytes, bool)):
+            raise TypeError
+        return kind(operator.index(value)) if kind is int else kind(value)
+    except (TypeError, ValueError) as error:
+        name = "an integer" if kind is int else "a number"
+        raise RecipeError(f"{option} must be {name}, not {value!r}", option=option) from error
 
 
 def make_paths(adapters: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:

@@ -402,7 +402,7 @@ def test_a_signal_leaves_nothing_behind(sent: signal.Signals, workers: int, tmp_
         process.wait()
     assert process.returncode == 1
     assert shown == ""
-    assert said == "error: stopped; nothing was left at the output's name\n"
+    assert said == "error: stopped; the output is there as a whole or not at all\n"
     assert contents(tmp_path) == before
 
 

@@ -40,7 +40,7 @@ from streammerge.errors import (
     VerificationError,
 )
 from streammerge.output.header import render_header
-from streammerge.output.staging import LOCK_NAME, MARK_NAME, Staging, staging_path
+from streammerge.output.staging import MARK_NAME, Staging, lock_path, staging_path
 from streammerge.plans import Region
 
 TIMINGS = "streammerge-timings.json"
@@ -219,12 +219,53 @@ def test_overwriting_an_earlier_output(sources: list[Path], tmp_path: Path) -> N
     """Whole: what only the earlier one had is gone."""
     out = tmp_path / "out"
     merge(sources, out, max_shard_size=500)
-    (out / "notes.txt").write_text("mine")
     with pytest.raises(OutputExistsError, match="--overwrite"):
         merge(sources, out)
     merge(sources, out, overwrite=True, method="cat")
     assert names(out) == [CONFIG, WEIGHTS, TIMINGS, MARK_NAME]
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "adapter/adapter_config.json", ".hidden"])
+def test_what_is_not_ours_is_never_replaced(name: str, sources: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    merge(sources, out)
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(OutputExistsError, match=name.split("/", maxsplit=1)[0]):
+        merge(sources, out, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_mount_point_is_refused_before_the_work(
+    sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name cannot be given to another directory; nothing needs to be computed to know that."""
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(type(out), "is_mount", lambda place: place.name == "out")
+    with pytest.raises(OutputExistsError, match="mount point"):
+        merge(sources, out)
+
+
+def test_a_file_that_was_put_into_an_output_is_found(sources: list[Path], tmp_path: Path) -> None:
+    """A single file of weights beside shards would be loaded in their place."""
+    out = tmp_path / "out"
+    merge(sources, out, max_shard_size=500)
+    merge(sources, tmp_path / "other", method="cat")
+    (out / WEIGHTS).write_bytes((tmp_path / "other" / WEIGHTS).read_bytes())
+    with pytest.raises(VerificationError, match=f"{WEIGHTS} does not belong"):
+        streammerge.verify(out)
+
+
+def test_a_changed_config_is_named_as_such(sources: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    merge(sources, out)
+    config = json.loads((out / CONFIG).read_text())
+    (out / CONFIG).write_text(json.dumps({**config, "r": config["r"] + 1}))
+    with pytest.raises(VerificationError, match=CONFIG):
+        streammerge.verify(out)
 
 
 def test_overwriting_one_of_the_inputs(sources: list[Path], tmp_path: Path) -> None:
@@ -310,17 +351,17 @@ def stale_staging(out: Path) -> Path:
     """What a killed merge leaves behind: files, a subdirectory, a lock that nobody holds."""
     staging = staging_path(out)
     (staging / "deeper").mkdir(parents=True)
-    for name in (WEIGHTS, CONFIG, MARK_NAME, LOCK_NAME, "deeper/more"):
+    for name in (WEIGHTS, CONFIG, MARK_NAME, "deeper/more"):
         (staging / name).write_text("stale")
+    lock_path(out).write_text("stale")
     return staging
 
 
 def test_a_second_merge_is_refused(sources: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    staging = stale_staging(out)
-    before = contents(tmp_path)
-    with another_holds(staging / LOCK_NAME):
-        before[str((staging / LOCK_NAME).relative_to(tmp_path))] = b""
+    stale_staging(out)
+    with another_holds(lock_path(out)):
+        before = contents(tmp_path)
         with pytest.raises(OutputBusyError, match=re.escape(str(out))) as caught:
             merge(sources, out)
         assert caught.value.exit_code == 2
@@ -365,8 +406,8 @@ def test_a_stale_staging_directory_is_taken_over(sources: list[Path], tmp_path: 
 
 def test_a_killed_holder_is_taken_over(sources: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    staging = stale_staging(out)
-    with another_holds(staging / LOCK_NAME) as process:
+    stale_staging(out)
+    with another_holds(lock_path(out)) as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
         merge(sources, out)
@@ -496,7 +537,7 @@ def test_a_kill_while_publishing_over_an_earlier_output(
     command = [sys.executable, "-c", KILLED_AT_REMOVAL + KILLED, *arguments]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     assert streammerge.verify(out).checksums
-    assert names(tmp_path) == [".out.streammerge-old", "out"]
+    assert names(tmp_path) == [".out.streammerge-old", ".out.streammerge.lock", "out"]
     merge(sources, out, overwrite=True)
     assert names(tmp_path) == ["out"]
 

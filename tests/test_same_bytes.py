@@ -36,6 +36,7 @@ from streammerge.catalog import METHODS, RULES
 from streammerge.errors import BudgetError, RecipeError
 from streammerge.output.space import find_scratch
 from streammerge.planner import make_plan
+from streammerge.planner.memory import PAGE_BYTES
 from streammerge.plans import Plan, flat_tiles, row_tiles
 from streammerge.readers import read_adapter
 from streammerge.recipe import Recipe
@@ -171,12 +172,13 @@ def kept(plan: Plan) -> tuple[int, int, int]:
 )
 def test_same_bytes(kind: str, method: str, saved: Saved, disk: str, tmp_path: Path) -> None:
     adapters, options = saved(kind), options_for(method)
-    least, tile = least_room(adapters, options), max(heights(LARGE)) * TARGETS[LARGE].a[1] * 4
+    tile = max(heights(LARGE)) * TARGETS[LARGE].a[1] * 4
+    least, pages = least_room(adapters, options), 2 * PAGE_BYTES
     factors = 3 * 6 * TARGETS[LARGE].a[1] * 4
     stack = 2 * tile if RULES[METHODS[method].rule].sweeps > 1 else 0
     settings = {
         "small": Setting(least),
-        "medium": Setting(least + factors + stack + 2 * tile),
+        "medium": Setting(least + factors + stack + 2 * (tile + pages)),
         "large": Setting(2**30),
         "two workers, small": Setting(least, workers=2),
         "two workers, large": Setting(2**30, workers=2),

@@ -31,7 +31,7 @@ def remark(text: object) -> None:
 
 def say_json(value: Any) -> None:
     """Print a result for machines to standard output."""
-    click.echo(json.dumps(value))
+    click.echo(json.dumps(value, allow_nan=False))
 
 
 def with_exit_codes(command: Callable[..., None]) -> Callable[..., None]:
@@ -43,16 +43,20 @@ def with_exit_codes(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except StreammergeError as error:
-            if kwargs.get("as_json"):
-                facts = {"type": type(error).__name__, "message": str(error)}
-                say_json({"error": facts, "exit_code": error.exit_code})
-            remark(f"error: {error}")
+            _report(type(error).__name__, str(error), error.exit_code, kwargs)
             raise SystemExit(error.exit_code) from error
         except KeyboardInterrupt as error:
-            remark("error: stopped; nothing was left at the output's name")
+            message = "stopped; the output is there as a whole or not at all"
+            _report("Stopped", message, 1, kwargs)
             raise SystemExit(1) from error
 
     return run
+
+
+def _report(kind: str, message: str, exit_code: int, options: dict[str, Any]) -> None:
+    if options.get("as_json"):
+        say_json({"error": {"type": kind, "message": message}, "exit_code": exit_code})
+    remark(f"error: {message}")
 
 
 def _terminate(_signum: int, _frame: object) -> NoReturn:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streammerge.cli.console import remark, say, say_json, with_exit_codes
+from streammerge.cli.console import say, say_json, with_exit_codes
 from streammerge.cli.options import merge_options
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ def merge(
 
     with Progress(quiet=quiet) as progress:
         result = run(adapters, output, on_event=progress, **options)
-    for notice in result.notices:
-        remark(f"note: {notice}")
     if as_json:
         say_json(_facts(result))
     else:

@@ -37,6 +37,8 @@ class Progress:
 
     def __call__(self, event: events.Event) -> None:
         """Take one event."""
+        if isinstance(event, events.Notice):
+            remark(f"note: {event.message}")
         if self._quiet:
             return
         if isinstance(event, events.Planned):

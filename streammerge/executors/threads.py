@@ -30,11 +30,10 @@ def run_threads(job: Job, on_receipt: OnReceipt) -> list[Receipt]:
     Returns:
         The receipts in the plan's order.
     """
-    stop = threading.Event()
     report = _one_at_a_time(on_receipt)
     nodes = [
         delayed(_run_bundle, pure=False)(
-            _Hidden(job), _Hidden(bundle), report, stop, dask_key_name=_node_name(bundle, number)
+            _Hidden(job), _Hidden(bundle), report, dask_key_name=_node_name(bundle, number)
         )
         for number, bundle in enumerate(bundles(job.plan.tasks, job.plan.concurrency))
     ]
@@ -44,8 +43,8 @@ def run_threads(job: Job, on_receipt: OnReceipt) -> list[Receipt]:
                 *nodes, scheduler="threads", pool=pool, optimize_graph=False
             )
         finally:
-            # After a failure other threads finish the task in hand and leave their bundles.
-            stop.set()
+            # After a failure other threads end their task at its next read.
+            job.stopped.set()
     return [receipt for receipts in done for receipt in receipts]
 
 
@@ -64,15 +63,10 @@ def bundles(tasks: Sequence[Task], threads: int) -> list[tuple[Task, ...]]:
 
 
 def _run_bundle(
-    job: _Hidden[Job],
-    bundle: _Hidden[tuple[Task, ...]],
-    on_receipt: OnReceipt,
-    stop: threading.Event,
+    job: _Hidden[Job], bundle: _Hidden[tuple[Task, ...]], on_receipt: OnReceipt
 ) -> list[Receipt]:
     receipts = []
     for task in bundle.value:
-        if stop.is_set():
-            break
         receipts.append(run_task(job.value, task))
         on_receipt(task, receipts[-1])
     return receipts

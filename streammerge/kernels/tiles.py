@@ -123,7 +123,7 @@ class _TileMaker:
             self._mask = self._operands.new_buffer(self._operands.largest_tile)
         key, (start, stop) = self._operands.keys[i], self._operands.spans[t]
         mask = random_mask(key, start, self._density, out=self._mask[: stop - start])
-        return x.div_(self._density).mul_(mask.view(x.shape))
+        return x.mul_(mask.view(x.shape)).div_(self._density)
 
     def _tiles_of(self, i: int) -> TileAt:
         return lambda t: self._operands.fill(i, t, self._buffers[0])

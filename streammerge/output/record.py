@@ -86,11 +86,11 @@ def write_timings(directory: Path, seconds: Mapping[str, float], total: float) -
     )
 
 
-def check_record(directory: Path) -> tuple[dict[str, Any], list[str]]:
+def check_record(directory: Path) -> list[str]:
     """Check an output against its own record: every byte of every file in it but the timings.
 
     Returns:
-        The record, and a sentence for each thing that is wrong.
+        A sentence for each thing that is wrong.
 
     Raises:
         MissingFileError: there is no record.
@@ -100,11 +100,11 @@ def check_record(directory: Path) -> tuple[dict[str, Any], list[str]]:
     problems = [] if _is_sealed(directory / MARK_NAME) else [f"{MARK_NAME} was changed"]
     try:
         problems += _check_files(directory, record)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
         raise CorruptFileError(
             "is not a record of a merge", path=str(directory / MARK_NAME)
         ) from error
-    return record, problems
+    return problems
 
 
 def read_record(directory: Path) -> dict[str, Any]:
@@ -127,7 +127,9 @@ def read_record(directory: Path) -> dict[str, Any]:
 
 
 def _check_files(directory: Path, record: dict[str, Any]) -> list[str]:
-    problems = []
+    known = {MARK_NAME, TIMINGS_NAME, *record["other_files"], *(f["name"] for f in record["files"])}
+    found = sorted(path.name for path in directory.iterdir())
+    problems = [f"{name} does not belong to it" for name in found if name not in known]
     for name, digest in record["other_files"].items():
         if _file_digest(directory / Path(name).name) != digest:
             problems.append(f"{name} was changed or is missing")
@@ -208,4 +210,4 @@ def _is_sealed(path: Path) -> bool:
 
 
 def _pretty(value: Any) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()

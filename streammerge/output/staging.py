@@ -1,8 +1,8 @@
 """A merge's private directory beside the output, and the rename that makes it the output.
 
-Whoever holds the lock file in it owns the staging directory. The lock goes with the process, so a
-directory that a killed run left behind is taken over by the next merge into the same output, and
-never while its process lives.
+Whoever holds the lock beside them owns both names. The lock goes with the process, so what a
+killed run left behind is taken over by the next merge into the same output, and never while its
+process lives.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import shutil
 from pathlib import Path
 from types import TracebackType
@@ -24,9 +25,15 @@ from streammerge.errors import (
     StreammergeError,
 )
 
-LOCK_NAME = ".lock"
 MARK_NAME = "streammerge.json"
 """Every output holds it; only a directory that does may be overwritten."""
+
+
+OWN_FILES = re.compile(
+    r"adapter_config\.json|adapter_model(-\d+-of-\d+)?\.safetensors|"
+    r"adapter_model\.safetensors\.index\.json|streammerge(-timings)?\.json"
+)
+"""What streammerge writes into an output, and so may remove with it."""
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -35,28 +42,38 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     Raises:
         OutputExistsError: something lies there that may not be replaced.
     """
-    if not output.exists() and not output.is_symlink():
+    if output.is_symlink():
+        raise OutputExistsError(f"{output}: is a symbolic link; give the name that it points to")
+    if not output.exists():
         return
-    if output.is_dir() and not output.is_symlink():
-        if not any(output.iterdir()):
-            return
-        if overwrite and (output / MARK_NAME).is_file():
-            return
-        if overwrite:
-            raise OutputExistsError(
-                f"{output}: exists and is not an output of streammerge, so it is not "
-                "overwritten; remove it yourself or choose another name"
-            )
-    raise OutputExistsError(
-        f"{output}: exists; choose another name"
-        + (" or, if it is an earlier merge, --overwrite" if output.is_dir() else "")
-    )
+    if output.is_dir() and output.is_mount():
+        raise OutputExistsError(
+            f"{output}: is a mount point, which cannot be replaced by a rename; choose a name in it"
+        )
+    found = sorted(child.name for child in output.iterdir()) if output.is_dir() else None
+    if found == []:
+        return
+    if not overwrite or found is None:
+        hint = " or, if it is an earlier merge, --overwrite" if found else ""
+        raise OutputExistsError(f"{output}: exists; choose another name{hint}")
+    others = [name for name in found if not OWN_FILES.fullmatch(name)]
+    if MARK_NAME not in found or others:
+        what = f"holds {others[0]}, which is not streammerge's" if others else f"has no {MARK_NAME}"
+        raise OutputExistsError(
+            f"{output}: {what}, so it is not overwritten; remove it yourself or choose another name"
+        )
 
 
 def staging_path(output: Path) -> Path:
     """Return where a merge into `output` keeps its files until it is done."""
     resolved = output.resolve()
     return resolved.with_name(f".{resolved.name}.streammerge")
+
+
+def lock_path(output: Path) -> Path:
+    """Return the file whose lock a merge into `output` holds."""
+    staging = staging_path(output)
+    return staging.with_name(staging.name + ".lock")
 
 
 class Staging:
@@ -68,15 +85,15 @@ class Staging:
         self._overwrite = overwrite
         self._aside = self.output.with_name(f".{self.output.name}.streammerge-old")
         self._lock = -1
-        self._published = False
 
     def __enter__(self) -> Self:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock_directory(self.path, self.output)
+            self._lock = _take_lock(lock_path(self.output), self.output)
             check_output(self.output, overwrite=self._overwrite)
-            shutil.rmtree(self._aside, ignore_errors=True)
-            _empty(self.path)
+            for left in (self._aside, self.path):
+                shutil.rmtree(left, ignore_errors=True)
+            self.path.mkdir()
         except OSError as error:
             self.__exit__(None, None, None)
             if isinstance(error, StreammergeError):
@@ -95,15 +112,15 @@ class Staging:
     ) -> None:
         if self._lock < 0:
             return
-        if not self._published:
-            shutil.rmtree(self.path, ignore_errors=True)
+        for left in (self._aside, self.path):
+            shutil.rmtree(left, ignore_errors=True)
+        # Removed while it is held: who has opened it meanwhile finds that it is another file.
+        lock_path(self.output).unlink(missing_ok=True)
         os.close(self._lock)
         self._lock = -1
 
     def publish(self) -> None:
         """Make the staging directory the output, in one rename, or one exchange with an earlier.
-
-        The lock goes along, so that nobody takes the finished directory for an abandoned one.
 
         Raises:
             OutputExistsError: something has appeared at the output's name.
@@ -117,14 +134,11 @@ class Staging:
                 _exchange(self._aside, self.output)
             else:
                 self.path.rename(self.output)
-            self._published = True
-            (self.output / LOCK_NAME).unlink()
             sync_directory(self.output.parent)
         except OSError as error:
             raise StorageError(
                 f"cannot be published ({error.strerror})", path=str(self.output)
             ) from error
-        shutil.rmtree(self._aside, ignore_errors=True)
 
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -147,34 +161,22 @@ def _exchange(new: Path, old: Path) -> None:
     between.rename(new)
 
 
-def _lock_directory(path: Path, output: Path) -> int:
-    """Make the directory if need be and return the descriptor that holds its lock."""
+def _take_lock(path: Path, output: Path) -> int:
+    """Make the lock file if need be and return the descriptor that holds its lock."""
     while True:
-        path.mkdir(exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            lock = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                os.close(lock)
-                raise OutputBusyError(
-                    f"{output}: another merge is writing to it (it holds {path / LOCK_NAME})"
-                ) from error
-            # The holder may have published or removed the directory between open and lock.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat((path / LOCK_NAME).stat(), os.fstat(lock)):
-                    return lock
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
             os.close(lock)
-
-
-def _empty(path: Path) -> None:
-    for child in path.iterdir():
-        if child.name == LOCK_NAME:
-            continue
-        if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child)
-        else:
-            child.unlink()
+            raise OutputBusyError(
+                f"{output}: another merge is writing to it (it holds {path})"
+            ) from error
+        # The holder may have removed the file between open and lock.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(lock)):
+                return lock
+        os.close(lock)
 
 
 def sync_directory(path: Path) -> None:

@@ -67,7 +67,11 @@ def make_plan(
         plan_task(draft, rule, limits, scratch, places)
         for draft, places in zip(drafts, regions, strict=True)
     )
-    config, settled = output_config(adapters, {pair.target: pair.rank for pair in pairs})
+    config, settled = output_config(
+        adapters,
+        {pair.target: pair.rank for pair in pairs},
+        selected=recipe.include is not None or recipe.exclude is not None,
+    )
     return Plan(
         recipe=recipe.to_dict(),
         rule=rule.name,
@@ -97,7 +101,7 @@ def resolve_method(recipe: Recipe) -> tuple[RuleSpec, SpaceSpec]:
     """
     method = METHODS.get(recipe.method)
     if method is None:
-        close = difflib.get_close_matches(recipe.method, METHODS, n=1)
+        close = difflib.get_close_matches(str(recipe.method), METHODS, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise RecipeError(
             f"unknown method {recipe.method!r}{hint}; there are {', '.join(METHODS)}",
@@ -124,6 +128,10 @@ def _check_options(recipe: Recipe, rule: RuleSpec, space: SpaceSpec) -> None:
         raise RecipeError(f"{what} needs a density in [0, 1]", option="density")
     if not rule.needs_density and recipe.density is not None:
         raise RecipeError(f"density does not go with {what}, which keeps all", option="density")
+    if not rule.elects and recipe.majority_sign != "total":
+        raise RecipeError(
+            f"majority_sign does not go with {what}, which elects no sign", option="majority_sign"
+        )
     for option in ("rank", "clamp"):
         if getattr(recipe, option) is not None and not space.truncates:
             raise RecipeError(
@@ -135,11 +143,8 @@ def output_dtype(adapters: Sequence[Adapter], alignment: Alignment, asked: str) 
     """Return the output's dtype: as asked, or one that holds every input's values."""
     if asked != "auto":
         return asked
-    present: set[str] = set()
-    for position in np.unique(alignment.adapter):
-        columns = adapters[position].columns
-        codes = np.union1d(columns.a_dtype, columns.b_dtype)
-        present |= {DTYPES[code] for code in codes}
+    codes = [gather(adapters, alignment, column) for column in ("a_dtype", "b_dtype")]
+    present = {DTYPES[code] for code in np.unique(codes)}
     if present in ({"F16"}, {"BF16"}):
         return TORCH_DTYPES[present.pop()]
     return "float64" if "F64" in present else "float32"

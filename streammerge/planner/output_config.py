@@ -21,18 +21,23 @@ _TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def output_config(
-    adapters: Sequence[Adapter], ranks: Mapping[str, int]
+    adapters: Sequence[Adapter], ranks: Mapping[str, int], *, selected: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the config for targets of these output ranks, and notices about what it settles."""
+    """Return the config for targets of these output ranks, and notices about what it settles.
+
+    Args:
+        adapters: the sources.
+        ranks: each target's rank in the output.
+        selected: whether the recipe leaves targets out.
+    """
     configs = [a.config for a in adapters if a.config is not None]
-    first = configs[0] if configs else None
     task_type, notices = _task_type([c.task_type for c in configs])
     rank = _usual(ranks)
     pattern = rank_pattern(ranks, rank)
     config: dict[str, Any] = {
         "alpha_pattern": pattern,
         "auto_mapping": _agreed([c.raw.get("auto_mapping") for c in configs]),
-        "base_model_name_or_path": first.base_model if first else None,
+        "base_model_name_or_path": next((c.base_model for c in configs if c.base_model), None),
         "bias": "none",
         "fan_in_fan_out": any(c.fan_in_fan_out for c in configs),
         "inference_mode": True,
@@ -45,7 +50,7 @@ def output_config(
         "r": rank,
         "rank_pattern": pattern,
         "revision": _agreed([c.raw.get("revision") for c in configs]),
-        "target_modules": _target_modules(configs, sorted(ranks)),
+        "target_modules": _target_modules(configs, sorted(ranks), selected=selected),
         "task_type": task_type,
         "use_dora": False,
         "use_rslora": False,
@@ -53,16 +58,18 @@ def output_config(
     return config, notices
 
 
-def _target_modules(configs: Sequence[AdapterConfig], targets: list[str]) -> list[str] | str:
+def _target_modules(
+    configs: Sequence[AdapterConfig], targets: list[str], *, selected: bool
+) -> list[str] | str:
     """Return target_modules that match these targets and no other module of the base.
 
     PEFT takes an entry of a list for any module whose path ends in it behind a dot, and a string
     for a regular expression on whole paths. A list of paths is exact where the sources' were
     lists: a module that ends in one of these paths would have been matched, and be in the files.
-    Where a source chose more finely only a string is exact; PEFT tries its branches one by one,
-    so that a very long one would take it too long.
+    Where a source, or the recipe, chose more finely only a string is exact; PEFT tries its branches
+    one by one, so that a very long one would take it too long.
     """
-    finely = any(
+    finely = selected or any(
         isinstance(c.raw.get("target_modules"), str) or any(c.raw.get(key) for key in _FINER)
         for c in configs
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import itemgetter
@@ -172,7 +173,8 @@ def _plainly_unique(text: bytes, fields: Any) -> bool:
         keys = len(fields) + sum(map(len, fields.values()))
     except (AttributeError, TypeError):
         return False
-    return b"\\" not in text and text.count(b'":') == keys
+    plain = b"\\" not in text and not re.search(rb'"\s+:', text)
+    return plain and text.count(b'":') == keys
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -70,30 +70,29 @@ def mapped(files: OpenFiles) -> Window:
 
     def window(file: TensorFile, offset: int, nbytes: int) -> Bytes:
         start = offset - offset % mmap.ALLOCATIONGRANULARITY
+        length = offset - start + nbytes
         with files.descriptor(file) as descriptor:
-            view = mmap.mmap(
-                descriptor, offset - start + nbytes, access=mmap.ACCESS_READ, offset=start
-            )
+            try:
+                view = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ, offset=start)
+            except (OSError, ValueError) as error:
+                raise InputChangedError(f"cannot be mapped ({error})", path=file.path) from error
         return np.frombuffer(view, np.uint8, nbytes, offset - start)
 
     return window
 
 
 def pread(files: OpenFiles) -> Window:
-    """Return windows that are read into a buffer of each thread, valid until its next window.
+    """Return windows that are read into memory of their own.
 
     For network file systems, for limits on the address space, and for inputs that may be
     truncated under the run, which no map survives.
     """
-    buffers = threading.local()
 
     def window(file: TensorFile, offset: int, nbytes: int) -> Bytes:
-        buffer: Bytes = getattr(buffers, "bytes", np.empty(0, np.uint8))
-        if len(buffer) < nbytes:
-            buffers.bytes = buffer = np.empty(nbytes, np.uint8)
+        read = np.empty(nbytes, np.uint8)
         with files.descriptor(file) as descriptor:
-            _fill(descriptor, file, memoryview(buffer.data)[:nbytes], offset)
-        return buffer[:nbytes]
+            _fill(descriptor, file, memoryview(read.data), offset)
+        return read
 
     return window
 

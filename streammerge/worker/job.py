@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -10,19 +11,23 @@ from pathlib import Path
 
 import torch
 
-from streammerge.adapter import Adapter
+from streammerge.adapter import Adapter, TensorFile
 from streammerge.budget import CPU, HEADROOM, Device, resident_bytes, round_process
 from streammerge.errors import RecipeError
 from streammerge.kernels.tiles import RuleOptions
 from streammerge.output.writer import RegionWriter
 from streammerge.plans import Plan, Region
-from streammerge.readers.windows import OpenFiles, mapped, pread
+from streammerge.readers.windows import Bytes, OpenFiles, mapped, pread
 
 _M_MMAP_THRESHOLD = -3
 """mallopt(3)."""
 
 MAPPED_BYTES = 256 * 1024
 """Tensors of at least this size are mapped."""
+
+
+class TaskStoppedError(Exception):
+    """A task was ended because the run is over; nobody hears of it."""
 
 
 class Job:
@@ -38,7 +43,9 @@ class Job:
         """Where each output file's data begin."""
         self.device = torch.device(plan.device)
         self.files = OpenFiles()
-        self.window = {"mmap": mapped, "pread": pread}[plan.io](self.files)
+        self.stopped = threading.Event()
+        """Set when the run is over for all: tasks end at their next read."""
+        self._window = {"mmap": mapped, "pread": pread}[plan.io](self.files)
         recipe = plan.recipe
         self.dtype: torch.dtype = getattr(torch, recipe["compute_dtype"])
         self.output_dtype: torch.dtype = getattr(torch, plan.dtype)
@@ -46,6 +53,16 @@ class Job:
         self.options = RuleOptions(
             plan.rule, 1.0 if density is None else float(density), recipe["majority_sign"]
         )
+
+    def window(self, file: TensorFile, offset: int, nbytes: int) -> Bytes:
+        """Return stored bytes of an input.
+
+        Raises:
+            TaskStoppedError: the run is over.
+        """
+        if self.stopped.is_set():
+            raise TaskStoppedError
+        return self._window(file, offset, nbytes)
 
     def writer(self, region: Region) -> RegionWriter:
         """Return the writer of a region."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
@@ -259,6 +260,8 @@ def _rounded(x: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor
 
 
 def _certify(triples: Truncation, rounding: float) -> Certificate:
+    if not math.isfinite(triples.energy + rounding):
+        raise FloatingPointError("the energy of a merged matrix overflows")
     if triples.energy == 0.0:
         return Certificate(1.0, 0.0, 0.0, converged=True, passes=triples.passes)
     lost = triples.lost + rounding
@@ -271,22 +274,24 @@ def _certify(triples: Truncation, rounding: float) -> Certificate:
     )
 
 
-def _write(job: Job, writer: RegionWriter, values: torch.Tensor) -> torch.Tensor:
-    """Cast values to the output's dtype, append them to a region, and return them as written.
+def _write(job: Job, writer: RegionWriter, values: torch.Tensor) -> None:
+    """Cast values to the output's dtype and append them to a region.
 
     Raises:
         OutputOverflowError: one of them does not fit.
+        FloatingPointError: one of them was not finite before.
     """
     cast = values.to(job.output_dtype).contiguous()
     # A sum is finite only if all its terms are; it may overflow without them, hence the look.
     if not torch.isfinite(cast.sum()):
         wrong = values[~torch.isfinite(cast)]
+        if len(wrong) and not torch.isfinite(wrong).all():
+            raise FloatingPointError("a merged value overflows on the way")
         if len(wrong):
             raise OutputOverflowError(
                 tensor=writer.name, value=float(wrong.abs().max()), dtype=job.plan.dtype
             )
     writer.append(_bytes_of(cast.cpu()))
-    return cast
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
