@@ -21,7 +21,15 @@ LINEAR, EMBEDDING, CONV = 0, 1, 2
 DTYPES = ("F64", "F32", "F16", "BF16")
 """The dtypes that factors may have, as safetensors spells them; columns hold the index."""
 
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The same dtypes as torch spells them, which is how options and plans do."""
+
+ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+INDEX_NAME = "adapter_model.safetensors.index.json"
+"""An adapter's files: PEFT's names, and the usual one for the index of shards."""
 
 PREFIX = "base_model.model."
 """What PEFT writes before every module's path."""

@@ -19,6 +19,9 @@ from streammerge.plans import Plan, Task
 from streammerge.readers import read_adapter
 from streammerge.worker import Receipt, fingerprint
 
+VERSION = metadata.version("streammerge")
+"""Looked up when the module is loaded: a package that is not installed fails before the work."""
+
 
 @dataclass(frozen=True)
 class ModuleReport:
@@ -64,7 +67,7 @@ def finish(
     tensors = _read_back(planned, directory, starts, receipts)
     write_config(directory, planned)
     facts = {
-        "streammerge": metadata.version("streammerge"),
+        "streammerge": VERSION,
         "fingerprint": fingerprint(planned.device),
         "inputs": _inputs(planned, manifests, receipts),
         "modules": {report.target: _facts(report) for report in modules},

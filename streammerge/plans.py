@@ -29,6 +29,13 @@ MIN_TILE_ROWS = 8
 """A tile of one row would go to another BLAS routine, with another rounding."""
 
 
+ARITHMETIC_RATE = 1e10
+"""Operations a second on one core, products and element-wise work together."""
+
+DISK_RATE = 5e8
+"""Bytes a second."""
+
+
 def split(length: int, size: int) -> list[tuple[int, int]]:
     """Cut `length` into near-equal pieces of at least `size` (one piece if it is shorter)."""
     count = max(1, length // size)
@@ -181,6 +188,12 @@ class Plan:
         """What the tasks in flight spill at most."""
         spills = sorted((spilled_bytes(task, self.item_bytes) for task in self.tasks), reverse=True)
         return sum(spills[: self.concurrency])
+
+    @property
+    def seconds(self) -> float:
+        """How long it takes on ordinary cores and disks: within a factor of some three."""
+        arithmetic = sum(task.flops for task in self.tasks) / ARITHMETIC_RATE / self.concurrency
+        return arithmetic + (self.read_bytes + self.write_bytes) / DISK_RATE
 
     @property
     def item_bytes(self) -> int:

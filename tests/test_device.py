@@ -198,7 +198,7 @@ def test_device_memory_is_planned(tmp_path: Path) -> None:
     assert large.projected_bytes < on_cpu.projected_bytes
 
 
-@pytest.mark.parametrize("device", ["nonsense", "cuda:77"])
+@pytest.mark.parametrize("device", ["nonsense", "cuda:77", "meta"])
 def test_a_device_that_is_not_there(device: str, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "in", LAYERS)
     with pytest.raises(errors.RecipeError, match="is not there"):

@@ -17,10 +17,11 @@ import streammerge
 from making import convolution, embedding, linear, write_adapter
 from streammerge.adapter import (
     CONV,
-    DTYPE_BYTES,
     DTYPES,
     EMBEDDING,
+    ITEM_BYTES,
     LINEAR,
+    TORCH_NAMES,
     Adapter,
     AdapterConfig,
     Columns,
@@ -110,7 +111,7 @@ def manifest(
     table: NameTable,
 ) -> Adapter:
     """An adapter as a reader would describe it."""
-    rows, offset, item = [], 0, DTYPE_BYTES[DTYPES[dtype]]
+    rows, offset, item = [], 0, ITEM_BYTES[TORCH_NAMES[DTYPES[dtype]]]
     for number, (module, rank) in enumerate(zip(modules, ranks, strict=True)):
         if rank is None:
             continue
@@ -244,7 +245,8 @@ def test_every_source_is_used_once(case: Case) -> None:
         for row in range(len(adapter))
     )
     assert plan.read_bytes == sum(
-        adapter.factor(row, side).elements * DTYPE_BYTES[adapter.factor(row, side).dtype]
+        adapter.factor(row, side).elements
+        * ITEM_BYTES[TORCH_NAMES[adapter.factor(row, side).dtype]]
         for adapter in manifests
         for row in range(len(adapter))
         for side in "AB"

@@ -53,7 +53,9 @@ def _totals(plan: Plan) -> list[str]:
         ("memory reserved", f"{format_size(plan.reserved_bytes)} for the process itself"),
         ("memory projected", f"{format_size(plan.projected_bytes)} at most"),
         ("merged matrix", _kept(plan)),
+        ("scratch", f"{format_size(plan.scratch_bytes)} at most" if plan.scratch else "none"),
         ("arithmetic", f"{sum(task.flops for task in plan.tasks) / 1e9:.2f} Gflop"),
+        ("time, roughly", f"{plan.seconds:.0f} s"),
     ]
     return [f"{name:<17} {value}" for name, value in rows]
 
@@ -70,7 +72,7 @@ def _kept(plan: Plan) -> str:
 
     streamed = [task for task in plan.tasks if task.route == "krylov"]
     if not streamed:
-        return "never formed tile by tile more than once"
+        return "no tile is needed twice"
     tiles = {task: len(row_tiles(task.m, task.n)) for task in streamed}
     held = sum(task.resident for task in streamed)
     spilled = sum(task.spilled for task in streamed)

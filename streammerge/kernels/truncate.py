@@ -19,12 +19,10 @@ from streammerge.lowrank import (
     thin_qr,
     truncate_matrix,
 )
+from streammerge.planner.routes import MIN_PASSES
 
 TileAt = Callable[[int], torch.Tensor]
 Spans = Sequence[tuple[int, int]]
-
-MIN_PASSES = 3
-"""Fewer blocks give no certificate worth its name: the residuals need a space to show in."""
 
 
 class Matrix(Protocol):
@@ -33,7 +31,7 @@ class Matrix(Protocol):
     def images(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return M·block and Mᵀ·M·block for an n × b block."""
 
-    def outside(self, space: Space) -> float:
+    def outside(self, space: KrylovSpace) -> float:
         """Return the energy of M that a space does not hold: ‖M - M·V·Vᵀ‖²_F."""
 
     def distance(self, triples: Truncation) -> float:
@@ -73,7 +71,7 @@ def block_krylov(matrix: Matrix, rank: int, start: torch.Tensor, passes: int) ->
     Raises:
         FloatingPointError: M is not finite.
     """
-    space = Space(right=Basis([thin_qr(start)[0]]), left=Basis([]))
+    space = KrylovSpace(right=Basis([thin_qr(start)[0]]), left=Basis([]))
     for done in range(1, passes + 1):
         coupling = space.grow(matrix)
         if done < min(MIN_PASSES, passes):
@@ -112,7 +110,7 @@ class TiledMatrix:
             self._energy = squares
         return image, back
 
-    def outside(self, space: Space) -> float:
+    def outside(self, space: KrylovSpace) -> float:
         """Return ‖M‖² - ‖T‖²; exact to rounding."""
         assert self._energy is not None, "a pass has been made"
         return max(0.0, self._energy - float(space.triangle.square().sum()))
@@ -161,7 +159,7 @@ class FactorSum:
             image = self._image(block)
         return image, self._back(image)
 
-    def outside(self, space: Space) -> float:
+    def outside(self, space: KrylovSpace) -> float:
         """Return the estimate from the probes."""
         assert self._probed is not None, "a pass has been made"
         inside = torch.cat([block.mT @ self._probes for block in space.explored])
@@ -237,7 +235,7 @@ class Basis:
         return total
 
 
-class Space:
+class KrylovSpace:
     """A Krylov space: bases V and U, and the triangle T with M·V = U·T (float64).
 
     V is one block ahead: the newest has no image yet.
@@ -263,7 +261,7 @@ class Space:
         return self.right.extend(back)[1]
 
 
-def _ritz(space: Space, coupling: torch.Tensor, rank: int, outside: float) -> Truncation:
+def _ritz(space: KrylovSpace, coupling: torch.Tensor, rank: int, outside: float) -> Truncation:
     """Return the best triples in the space, with their certificate.
 
     With T = P·Σ·Cᵀ the Ritz pairs of MᵀM are (σ², V·c), and their residuals lie in the newest

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
+from streammerge.adapter import TORCH_NAMES
 from streammerge.plans import Region
 
-_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_NAMES = {ours: theirs for theirs, ours in TORCH_NAMES.items()}
 
 
 def render_header(regions: Iterable[Region], dtype: str) -> bytes:

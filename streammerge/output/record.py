@@ -9,13 +9,12 @@ from typing import Any
 
 import xxhash
 
+from streammerge.adapter import CONFIG_NAME, INDEX_NAME, ITEM_BYTES
 from streammerge.errors import CorruptFileError, MissingFileError, StorageError
 from streammerge.output.staging import MARK_NAME
 from streammerge.output.writer import READ_BYTES, headers, region_checksum, write_file
 from streammerge.plans import OutputFile, Plan, Region
 
-CONFIG_NAME = "adapter_config.json"
-INDEX_NAME = "adapter_model.safetensors.index.json"
 TIMINGS_NAME = "streammerge-timings.json"
 FORMAT = 1
 
@@ -140,7 +139,7 @@ def _check_files(directory: Path, record: dict[str, Any]) -> list[str]:
         wrong = _check_header(path, facts)
         problems += [f"{file.name} {wrong}"] if wrong else []
         sound.append(not wrong)
-    itemsize = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}[record["dtype"]]
+    itemsize = ITEM_BYTES[record["dtype"]]
     for region in _regions(record["tensors"], itemsize):
         if not sound[region.file]:
             continue

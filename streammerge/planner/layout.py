@@ -6,10 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from streammerge.adapter import PREFIX, SUFFIXES
+from streammerge.adapter import PREFIX, SUFFIXES, WEIGHTS_NAME
 from streammerge.plans import OutputFile, Region
-
-WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from streammerge.adapter import DTYPE_BYTES, DTYPES, Adapter
+from streammerge.adapter import DTYPES, ITEM_BYTES, TORCH_NAMES, Adapter
 from streammerge.budget import ON_CPU, Budget, Device
 from streammerge.catalog import METHODS, RULES, SPACES, RuleSpec, SpaceSpec
 from streammerge.errors import RecipeError
@@ -21,9 +21,6 @@ from streammerge.planner.routes import Shape, choose_course
 from streammerge.planner.scaling import scalings
 from streammerge.plans import Plan, Sources
 from streammerge.recipe import Recipe
-
-TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-ITEM_BYTES = {TORCH_DTYPES[name]: size for name, size in DTYPE_BYTES.items()}
 
 
 def make_plan(
@@ -146,7 +143,7 @@ def output_dtype(adapters: Sequence[Adapter], alignment: Alignment, asked: str) 
     codes = [gather(adapters, alignment, column) for column in ("a_dtype", "b_dtype")]
     present = {DTYPES[code] for code in np.unique(codes)}
     if present in ({"F16"}, {"BF16"}):
-        return TORCH_DTYPES[present.pop()]
+        return TORCH_NAMES[present.pop()]
     return "float64" if "F64" in present else "float32"
 
 
@@ -155,7 +152,7 @@ def _shapes(
 ) -> Iterator[Shape]:
     """Yield the shape of every group's task."""
     m, n, rank = (gather(adapters, alignment, column) for column in ("m", "n", "rank"))
-    itemsize = np.array([DTYPE_BYTES[name] for name in DTYPES])
+    itemsize = np.array([ITEM_BYTES[TORCH_NAMES[name]] for name in DTYPES])
     a_item, b_item = (
         itemsize[gather(adapters, alignment, column)] for column in ("a_dtype", "b_dtype")
     )

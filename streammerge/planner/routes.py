@@ -20,6 +20,7 @@ KRYLOV_COLUMNS = 1024
 """And with at most so many columns: the SVD of the triangle is done in float64."""
 
 MIN_PASSES = 3
+"""Fewer blocks give no certificate worth its name: the residuals need a space to show in."""
 
 DENSE_SIDE = 256
 """A merged matrix with a side up to this is decomposed as a whole."""

@@ -13,11 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from streammerge.adapter import AdapterConfig
+from streammerge.adapter import CONFIG_NAME, AdapterConfig
 from streammerge.errors import CorruptFileError, UnsupportedAdapterError
 from streammerge.patterns import compile_entry
 
-CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 64 * 1024**2
 
 _VARIANTS = {

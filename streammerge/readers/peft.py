@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.adapter import (
+    CONFIG_NAME,
     CONV,
     DTYPES,
     EMBEDDING,
+    INDEX_NAME,
     LINEAR,
     PREFIX,
+    WEIGHTS_NAME,
     Adapter,
     AdapterConfig,
     Columns,
@@ -30,7 +33,7 @@ from streammerge.adapter import (
 )
 from streammerge.errors import CorruptFileError, MissingFileError, UnsupportedAdapterError
 from streammerge.patterns import Value, pattern_lookup
-from streammerge.readers.config import CONFIG_NAME, read_config
+from streammerge.readers.config import read_config
 from streammerge.readers.header import (
     Entry,
     Header,
@@ -41,20 +44,28 @@ from streammerge.readers.header import (
 )
 from streammerge.readers.recognise import recognise
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-INDEX_NAME = "adapter_model.safetensors.index.json"
 PICKLE_NAME = "adapter_model.bin"
 
 _KEY = re.compile(rf"((?:{re.escape(PREFIX)})+)(.+?)\.(lora_[AB]\.weight|lora_embedding_[AB])")
 
-_SIDES = {"lora_A.weight": 1, "lora_embedding_A": 1, "lora_B.weight": 2, "lora_embedding_B": 2}
-"""Where a factor stands in a Pair."""
+_SIDES = {
+    "lora_A.weight": "a",
+    "lora_embedding_A": "a",
+    "lora_B.weight": "b",
+    "lora_embedding_B": "b",
+}
 
 Place = tuple[Header, int, Entry]
 """A tensor, the header that it stands in, and that file's number."""
 
-Pair = list[Any]
-"""A target's prefix in the file, and the places of A and B, None where there is none."""
+
+@dataclass(slots=True)
+class _Factors:
+    """Where the two factors of a target lie, as far as they are found."""
+
+    prefix: str
+    a: Place | None = None
+    b: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +143,7 @@ def _content(
     pairs, extras = _pair_up(places)
     if not pairs:
         _refuse_without_factors(directory, [entry.name for _, _, entry in places])
-    prefixes = tuple(sorted({pair[0] for pair in pairs.values()}))
+    prefixes = tuple(sorted({pair.prefix for pair in pairs.values()}))
     columns = Columns.of_rows(_rows(pairs, prefixes, config, table))
     return _Content(columns, prefixes, tuple(sorted(extras)))
 
@@ -209,9 +220,9 @@ def _read_shards(index: Path) -> list[Header]:
     return headers
 
 
-def _pair_up(places: list[Place]) -> tuple[dict[str, Pair], list[str]]:
+def _pair_up(places: list[Place]) -> tuple[dict[str, _Factors], list[str]]:
     """Sort tensors into the factors of each target, and the names of the rest."""
-    pairs: dict[str, Pair] = {}
+    pairs: dict[str, _Factors] = {}
     extras: list[str] = []
     for place in places:
         name = place[2].name
@@ -221,19 +232,19 @@ def _pair_up(places: list[Place]) -> tuple[dict[str, Pair], list[str]]:
             extras.append(name)
             continue
         prefix, target, factor = match.groups()
-        pair = pairs.setdefault(target, [prefix, None, None])
-        if pair[0] != prefix:
+        pair = pairs.get(target) or pairs.setdefault(target, _Factors(prefix))
+        if pair.prefix != prefix:
             raise CorruptFileError(
-                f"{target} stands under two prefixes, {pair[0]!r} and {prefix!r}",
+                f"{target} stands under two prefixes, {pair.prefix!r} and {prefix!r}",
                 path=place[0].file.path,
                 tensor=name,
             )
         side = _SIDES[factor]
-        if pair[side] is not None:
+        if getattr(pair, side) is not None:
             raise CorruptFileError(
-                f"{target} has two {'_AB'[side]} factors", path=place[0].file.path, tensor=name
+                f"{target} has two {side.upper()} factors", path=place[0].file.path, tensor=name
             )
-        pair[side] = place
+        setattr(pair, side, place)
     for pair in pairs.values():
         _check_pair(pair)
     return pairs, extras
@@ -260,11 +271,13 @@ def _refuse_variant_tensor(place: Place) -> None:
         )
 
 
-def _check_pair(pair: Pair) -> None:
+def _check_pair(pair: _Factors) -> None:
     """Check that a target has both factors, and that their shapes make one delta."""
-    _, place_a, place_b = pair
+    place_a, place_b = pair.a, pair.b
     if place_a is None or place_b is None:
-        header, _, entry = place_a or place_b
+        found = place_a or place_b
+        assert found is not None, "a pair is made for a factor"
+        header, _, entry = found
         raise CorruptFileError(
             f"has no {'A' if place_a is None else 'B'} factor beside it",
             path=header.file.path,
@@ -318,7 +331,7 @@ def _check_shapes(header: Header, a: Entry, b: Entry) -> None:
 
 
 def _rows(
-    pairs: dict[str, Pair],
+    pairs: dict[str, _Factors],
     prefixes: tuple[str, ...],
     config: AdapterConfig | None,
     table: NameTable,
@@ -330,7 +343,10 @@ def _rows(
     numbers = {prefix: number for number, prefix in enumerate(prefixes)}
     codes = {dtype: code for code, dtype in enumerate(DTYPES)}
     for target in sorted(pairs):
-        prefix, (_, a_file, a), (_, b_file, b) = pairs[target]
+        pair = pairs[target]
+        assert pair.a is not None, "pairs were checked"
+        assert pair.b is not None, "pairs were checked"
+        (_, a_file, a), (_, b_file, b) = pair.a, pair.b
         rank, *inner = a.shape
         kind = CONV if len(inner) > 1 else EMBEDDING if a.name.endswith("_A") else LINEAR
         yield (
@@ -342,7 +358,7 @@ def _rows(
             (*inner, 0, 0, 0)[:4],
             declared(target),
             alpha(target),
-            numbers[prefix],
+            numbers[pair.prefix],
             a_file,
             a.offset,
             codes[a.dtype],

@@ -11,14 +11,16 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from streammerge.adapter import Factor
+from streammerge.adapter import TORCH_NAMES, Factor
 from streammerge.draw import stream_key
 from streammerge.errors import NonFiniteError
 from streammerge.plans import Task
 from streammerge.readers.windows import Window
 from streammerge.worker.job import Job
 
-_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_STORED: dict[str, torch.dtype] = {
+    stored: getattr(torch, name) for stored, name in TORCH_NAMES.items()
+}
 
 
 class FactorReader:
@@ -105,7 +107,7 @@ def _view(window: npt.NDArray[np.uint8], dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(buffer, dtype=dtype)
 
 
-class Sources:
+class TargetSources:
     """The factors that take part in one target, in the adapters' order."""
 
     def __init__(self, job: Job, task: Task, device: torch.device) -> None:

@@ -120,8 +120,8 @@ def find_device(name: str, max_vram: int | None) -> Device:
     try:
         device = torch.device(name)
         if device.type != CPU:
-            torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+            torch.ones(1, device=device).item()  # meta tensors have no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise RecipeError(f"device {name!r} is not there: {error}", option="device") from error
     if device.type == CPU:
         if max_vram is not None:

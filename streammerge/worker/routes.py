@@ -27,7 +27,7 @@ from streammerge.plans import Task, factor_rows, flat_tiles, row_tiles
 from streammerge.spaces.delta import delta_tile
 from streammerge.spaces.exact import stack_weights
 from streammerge.spaces.factor import factor_weights
-from streammerge.worker.factors import FactorReader, Sources
+from streammerge.worker.factors import FactorReader, TargetSources
 from streammerge.worker.job import Job
 from streammerge.worker.receipt import Certificate
 
@@ -44,7 +44,7 @@ class Work:
 
     job: Job
     task: Task
-    sources: Sources
+    sources: TargetSources
     device: torch.device
     a: RegionWriter
     b: RegionWriter
@@ -169,7 +169,7 @@ def _stream(work: Work) -> Truncation:
         return block_krylov(TiledMatrix(held, rows), task.rank, start, task.passes)
 
 
-def _delta_tiles(sources: Sources, rows: Spans, task: Task) -> Fill:
+def _delta_tiles(sources: TargetSources, rows: Spans, task: Task) -> Fill:
     """Return the function that puts tile t of delta i into a buffer."""
     kept = [reader.whole() for reader in sources.a[: task.factors]]
 

@@ -14,7 +14,7 @@ import torch
 
 from streammerge.errors import ComputeOverflowError, MemoryExhaustedError
 from streammerge.plans import Task
-from streammerge.worker.factors import Sources
+from streammerge.worker.factors import TargetSources
 from streammerge.worker.job import Job
 from streammerge.worker.receipt import Receipt
 from streammerge.worker.routes import Work, merge_target
@@ -68,7 +68,7 @@ def _attempts(device: torch.device, task: Task) -> Iterator[tuple[torch.device, 
 
 
 def _run_on(device: torch.device, job: Job, task: Task) -> Receipt:
-    sources = Sources(job, task, device)
+    sources = TargetSources(job, task, device)
     with torch.inference_mode(), job.writer(task.a) as a, job.writer(task.b) as b:
         certificate = merge_target(Work(job, task, sources, device, a, b))
     return Receipt(
