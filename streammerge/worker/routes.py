@@ -11,8 +11,9 @@ import torch
 
 from streammerge.draw import stream_key
 from streammerge.errors import ClampError, OutputOverflowError
+from streammerge.kernels.krylov import block_krylov
+from streammerge.kernels.matrices import Addend, FactorSum, TiledMatrix, dense
 from streammerge.kernels.tiles import Operands, hold_tiles, merged_tiles
-from streammerge.kernels.truncate import Addend, FactorSum, TiledMatrix, block_krylov, dense
 from streammerge.lowrank import (
     Truncation,
     balanced_pair,
