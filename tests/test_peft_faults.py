@@ -638,7 +638,7 @@ class TestDtypes:
         layers = peft.linear_layers(layer=(8, 12))
         theirs = merge_in_peft(layers, [directory] * 2, "cat", [weight, 0.0])
         assert np.isinf(theirs.factors["layer"][0]).any()
-        with pytest.raises(errors.OutputOverflowError, match="layer"):
+        with pytest.raises(errors.ComputeOverflowError, match="layer"):
             merge_files([directory], tmp_path / "out", method, [weight], **options)
         assert not (tmp_path / "out").exists()
 

@@ -43,12 +43,14 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         OutputExistsError: something lies there that may not be replaced.
     """
     if output.is_symlink():
-        raise OutputExistsError(f"{output}: is a symbolic link; give the name that it points to")
+        raise OutputExistsError(
+            f"{output}: exists as a symbolic link; give the name that it points to"
+        )
     if not output.exists():
         return
     if output.is_dir() and output.is_mount():
         raise OutputExistsError(
-            f"{output}: is a mount point, which cannot be replaced by a rename; choose a name in it"
+            f"{output}: exists as a mount point, which cannot be replaced by a rename; choose a name in it"
         )
     found = sorted(child.name for child in output.iterdir()) if output.is_dir() else None
     if found == []:
@@ -60,7 +62,8 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     if MARK_NAME not in found or others:
         what = f"holds {others[0]}, which is not streammerge's" if others else f"has no {MARK_NAME}"
         raise OutputExistsError(
-            f"{output}: {what}, so it is not overwritten; remove it yourself or choose another name"
+            f"{output}: exists and {what}, so it is not overwritten; remove it yourself or choose "
+            "another name"
         )
 
 
