@@ -44,13 +44,13 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     """
     if output.is_symlink():
         raise OutputExistsError(
-            f"{output}: exists as a symbolic link; give the name that it points to"
+            f"{output}: exists as a symbolic link; give the name that it points to, or another name"
         )
     if not output.exists():
         return
     if output.is_dir() and output.is_mount():
         raise OutputExistsError(
-            f"{output}: exists as a mount point, which cannot be replaced by a rename; choose a name in it"
+            f"{output}: exists as a mount point, which cannot be replaced; choose a name in it"
         )
     found = sorted(child.name for child in output.iterdir()) if output.is_dir() else None
     if found == []:
