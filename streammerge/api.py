@@ -212,9 +212,6 @@ def merge(
         RefusedError: before any work, a subclass of it says why; nothing was written.
         MergeFailedError: during the work; nothing lies at the output's name.
     """
-    # torch is loaded here, when there is work for it, and not for an inspection.
-    from streammerge.run import run_plan  # noqa: PLC0415
-
     began = time.perf_counter()
     tell = on_event or _warn
     check_output(Path(output), overwrite=overwrite)
@@ -249,6 +246,9 @@ def merge(
     )
     for notice in planned.notices:
         tell(events.Notice(notice))
+    # Loads torch, so it waits until all that can be refused without it has been.
+    from streammerge.run import run_plan  # noqa: PLC0415
+
     with Staging(Path(output), overwrite=overwrite) as staging:
         receipts, modules = run_plan(planned, manifests, staging.path, tell)
         seconds = time.perf_counter() - began

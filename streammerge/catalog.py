@@ -39,11 +39,6 @@ class RuleSpec:
         """Whether the rule keeps a share of the elements."""
         return self.sparsity != "none"
 
-    @property
-    def needs_seed(self) -> bool:
-        """Whether the rule draws random numbers."""
-        return self.sparsity == "random"
-
 
 @dataclass(frozen=True)
 class SpaceSpec:

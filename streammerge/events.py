@@ -45,4 +45,4 @@ OnEvent = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """Take an event and do nothing."""
+    """Take an event and do nothing: `merge(…, on_event=ignore)` is silent."""

@@ -18,9 +18,9 @@ def methods(as_json: bool) -> None:
         needs = ["density"] if rule.needs_density else []
         needs += ["equal ranks"] if space.equal_ranks else []
         rows.append(
-            (method.name, rule.name, space.name, ", ".join(needs) or "-", rule.sweeps, rule.summary)
+            (method.name, rule.name, space.name, ", ".join(needs) or "-", rule.summary, rule.source)
         )
-    header = ("method", "rule", "space", "needs", "sweeps", "what the rule does")
+    header = ("method", "rule", "space", "needs", "what the rule does", "source")
     if as_json:
         say_json([dict(zip(header, row, strict=True)) for row in rows])
         return

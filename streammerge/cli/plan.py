@@ -52,6 +52,7 @@ def _totals(plan: Plan) -> list[str]:
         ("memory allowed", f"{format_size(plan.allowed_bytes)}, {plan.allowed_origin}"),
         ("memory reserved", f"{format_size(plan.reserved_bytes)} for the process itself"),
         ("memory projected", f"{format_size(plan.projected_bytes)} at most"),
+        ("device", _device(plan)),
         ("merged matrix", _kept(plan)),
         ("scratch", f"{format_size(plan.scratch_bytes)} at most" if plan.scratch else "none"),
         ("arithmetic", f"{sum(task.flops for task in plan.tasks) / 1e9:.2f} Gflop"),
@@ -64,6 +65,16 @@ def _counts(counts: Counter[Any]) -> str:
     if len(counts) == 1:
         return str(next(iter(counts)))
     return ", ".join(f"{value} ({count} targets)" for value, count in counts.most_common(6))
+
+
+def _device(plan: Plan) -> str:
+    from streammerge.budget import format_size
+
+    if plan.device == "cpu":
+        return "cpu"
+    held = max(task.device_bytes for task in plan.tasks) * plan.concurrency
+    allowed = format_size(plan.device_allowed_bytes)
+    return f"{plan.device}: {format_size(held)} of its memory at most, {allowed} allowed"
 
 
 def _kept(plan: Plan) -> str:
