@@ -99,11 +99,6 @@ class Budget:
         """What the process takes apart from its tasks."""
         return self.process_bytes + SPARE_BYTES + self.threads * THREAD_BYTES
 
-    @property
-    def task_bytes(self) -> int:
-        """What each of the tasks in flight may hold; not positive when nothing is left."""
-        return (self.allowed_bytes - self.reserved_bytes) // self.threads
-
 
 CPU = "cpu"
 

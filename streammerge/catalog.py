@@ -29,8 +29,9 @@ class RuleSpec:
     """Whether it takes `majority_sign`."""
     sweeps: int = 1
     """How often it goes over the N tensors of a tile."""
-    tile_buffers: int = 1
-    """Tile-sized buffers of the compute dtype that it holds besides the incoming tensor."""
+    tile_buffers: int = 0
+    """Tile-sized buffers of the compute dtype that it works in besides the incoming tensor's and
+    the answer's."""
     operations: int = 2
     """Arithmetic operations for each element of each of the N tensors."""
 
@@ -81,7 +82,7 @@ RULES: dict[str, RuleSpec] = {
             sparsity="largest",
             elects=True,
             sweeps=2,
-            tile_buffers=5,
+            tile_buffers=3,
             operations=16,
         ),
         RuleSpec(
@@ -90,7 +91,7 @@ RULES: dict[str, RuleSpec] = {
             summary="keep random elements, rescale, weighted sum",
             source=_DARE,
             sparsity="random",
-            tile_buffers=2,
+            tile_buffers=1,
             operations=14,
         ),
         RuleSpec(
@@ -101,7 +102,7 @@ RULES: dict[str, RuleSpec] = {
             sparsity="random",
             elects=True,
             sweeps=2,
-            tile_buffers=6,
+            tile_buffers=4,
             operations=32,
         ),
         RuleSpec(
@@ -110,7 +111,6 @@ RULES: dict[str, RuleSpec] = {
             summary="keep the largest, weighted sum",
             source="PEFT",
             sparsity="largest",
-            tile_buffers=1,
             operations=6,
         ),
     )

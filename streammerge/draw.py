@@ -1,9 +1,10 @@
 """Random bits that depend on what they are for, and on nothing else.
 
-A keyed counter hash (SplitMix64's finaliser; Steele, Lea and Flood 2014) in integer tensor
-operations: element i of a stream is mix(key + (i + 1)·gamma), its upper 32 bits. A DARE mask is a
-pure function of (seed, adapter's position, target, tensor, flat index): the same for any tile,
-worker, device or resume.
+A keyed counter hash in 32-bit integer tensor operations: element i of a stream is i plus half of
+the stream's key, mixed by three rounds of xor-shift and multiply (Wellons 2018, "triple32"), with
+the key's other half added after the first. A DARE mask is a pure function of (seed, adapter's
+position, target, tensor, flat index): the same for any tile, worker, device or resume. Why 32-bit
+operations: docs/decisions/masks.md.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from collections.abc import Iterator
 import torch
 import xxhash
 
-_GAMMA = 0x9E3779B97F4A7C15
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
+_ROUNDS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
+"""Shift and factor of each round. What the original ends with, a shift by 14, is left out: it
+changes the 18 low bits, and what is compared with a limit is decided by the high ones."""
 
-CHUNK = 1 << 14
-"""Elements that are drawn at once: small enough for the buffers to stay in cache."""
+CHUNK = 1 << 18
+"""Elements that are drawn at once: calls are dear, and so are buffers beyond the cache."""
+
+BLOCK = 1 << 32
+"""Elements that 32 bits can count; each block of a stream has a key of its own."""
 
 
 def stream_key(seed: int, position: int, target: str, tensor: str) -> int:
@@ -37,28 +41,9 @@ def random_bits(
     key: int, start: int, count: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """Return elements start … start + count - 1 of a stream: int64 in [0, 2**32)."""
-    bits = torch.empty(count, dtype=torch.int64, device=device)
-    steps = _steps(min(CHUNK, count), bits.device)
-    for offset, part in _parts(bits):
-        _fill_bits(part, key, start + offset, steps)
-    return bits
-
-
-def random_mask(key: int, start: int, density: float, *, out: torch.Tensor) -> torch.Tensor:
-    """Set `out`, which is contiguous, to 1 where a stream keeps an element and to 0 elsewhere.
-
-    Args:
-        key: of the stream.
-        start: flat index of the first element.
-        density: probability to keep.
-        out: floating-point.
-    """
-    limit = keep_limit(density)
-    steps = _steps(min(CHUNK, out.numel()), out.device)
-    bits = torch.empty_like(steps)
-    for offset, part in _parts(out.view(-1)):
-        torch.lt(_fill_bits(bits[: len(part)], key, start + offset, steps), limit, out=part)
-    return out
+    drawer = Drawer(min(CHUNK, count), torch.device(device))
+    # Drawn bits are signed numbers, half of them below zero.
+    return torch.cat([part.long() for _, part in drawer.parts(key, start, count)]).add_(2**31)
 
 
 def keep_limit(density: float) -> int:
@@ -66,35 +51,55 @@ def keep_limit(density: float) -> int:
     return round(density * 2**32)
 
 
-def _parts(whole: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield a flat tensor in chunks that stay in cache, with their offsets."""
-    for number, part in enumerate(torch.split(whole, CHUNK)):
-        yield number * CHUNK, part
+class Drawer:
+    """Draws elements of streams, chunk by chunk, into buffers that serve all of them."""
 
+    def __init__(self, size: int, device: torch.device) -> None:
+        """Make buffers for chunks of `size` elements, CHUNK at most."""
+        self._steps = torch.arange(min(size, CHUNK), dtype=torch.int32, device=device)
+        self._bits, self._shifted = torch.empty_like(self._steps), torch.empty_like(self._steps)
 
-def _fill_bits(bits: torch.Tensor, key: int, start: int, steps: torch.Tensor) -> torch.Tensor:
-    """Set `bits` (int64) to the stream's elements from `start` on, and return it."""
-    # int64 arithmetic wraps around, which is what the hash wants; only shifts need care, for
-    # they copy the sign bit in.
-    first = (key + (start + 1) * _GAMMA) % 2**64
-    torch.add(steps[: len(bits)], _signed(first), out=bits)
-    shifted = torch.empty_like(bits)
-    for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
-        bits.bitwise_xor_(_shift_right(bits, shift, out=shifted)).mul_(_signed(factor))
-    bits.bitwise_xor_(_shift_right(bits, 31, out=shifted))
-    return bits.copy_(_shift_right(bits, 32, out=shifted))
+    def mask(self, key: int, start: int, density: float, *, out: torch.Tensor) -> torch.Tensor:
+        """Set `out`, which is contiguous, to 1 where a stream keeps an element, to 0 elsewhere.
 
+        Args:
+            key: of the stream.
+            start: flat index of the first element.
+            density: probability to keep, below 1.
+            out: floating-point.
+        """
+        flat, limit = out.view(-1), keep_limit(density) - 2**31
+        for offset, bits in self.parts(key, start, len(flat)):
+            torch.lt(bits, limit, out=flat[offset : offset + len(bits)])
+        return out
 
-def _steps(count: int, device: torch.device) -> torch.Tensor:
-    """Return i·gamma for i = 0 … count - 1."""
-    return torch.arange(count, dtype=torch.int64, device=device).mul_(_signed(_GAMMA))
+    def parts(self, key: int, start: int, count: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield a stream's elements, as int32, chunk by chunk, with their offsets from `start`."""
+        offset = 0
+        while offset < count:
+            block, index = divmod(start + offset, BLOCK)
+            size = min(len(self._steps), count - offset, BLOCK - index)
+            block_key = xxhash.xxh3_64_intdigest(str(block).encode(), seed=key) if block else key
+            yield offset, self._draw(block_key, index, size)
+            offset += size
+
+    def _draw(self, key: int, index: int, size: int) -> torch.Tensor:
+        bits, shifted = self._bits[:size], self._shifted[:size]
+        # int32 arithmetic wraps around, which is what the hash wants.
+        torch.add(self._steps[:size], _signed((key + index) % BLOCK), out=bits)
+        for number, (shift, factor) in enumerate(_ROUNDS):
+            bits.bitwise_xor_(_shift_right(bits, shift, out=shifted)).mul_(_signed(factor))
+            if number == 0:
+                bits.add_(_signed(key >> 32))
+        return bits
 
 
 def _shift_right(bits: torch.Tensor, by: int, *, out: torch.Tensor) -> torch.Tensor:
+    """Shift zeros in from the left; torch's own shift copies the sign bit."""
     torch.bitwise_right_shift(bits, by, out=out)
-    return out.bitwise_and_((1 << (64 - by)) - 1)
+    return out.bitwise_and_((1 << (32 - by)) - 1)
 
 
 def _signed(value: int) -> int:
-    """Return a 64-bit pattern as the signed integer that has it."""
-    return value - 2**64 if value >= 2**63 else value
+    """Return a 32-bit pattern as the signed integer that has it."""
+    return value - 2**32 if value >= 2**31 else value

@@ -9,21 +9,29 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-Route = Literal["concatenate", "fold", "core", "sum", "dense", "krylov"]
+Route = Literal["concatenate", "fold", "core", "gram", "sum", "dense", "krylov"]
 """How a task computes its pair:
 concatenate: the factors side by side, scaled; fold: the rule on A's and on B's, tile by tile;
-core: QR of the stacked factors and the SVD of the small core between them; sum: block Krylov on
-the factors of a weighted sum, one adapter after another; dense: the merged matrix as a whole and
+core: QR of the stacked factors and the SVD of the small core between them; gram: the same from the
+Gram matrices of the stacked factors; sum: block Krylov on the factors of a weighted sum, one
+adapter after another; dense: the merged matrix as a whole and
 its SVD; krylov: block Krylov on the tiles of the merged matrix."""
 
 TILE_ELEMENTS = 2**18
 """Elements of a tile, about: 1 MiB of float32, which stays in a core's cache."""
+
+GRAM_BLOCK = 64
+"""Columns of a block of a Gram matrix, at least; blocks are what cores share."""
+
+GRAM_ROWS = 1024
+"""Rows that are converted to float64 at once for a Gram matrix, at least."""
 
 MIN_TILE_ROWS = 8
 """A tile of one row would go to another BLAS routine, with another rounding."""
@@ -105,6 +113,10 @@ class Task:
     """Columns of a Krylov block; 0 on other routes."""
     passes: int
     """Krylov passes planned; later ones are skipped when the certificate holds."""
+    alone: bool
+    """Whether no other task is in flight with it."""
+    lanes: int
+    """Threads that work on it at once."""
     read_bytes: int
     write_bytes: int
     projected_bytes: int
@@ -163,7 +175,7 @@ class Plan:
     allowed_origin: str
     reserved_bytes: int
     concurrency: int
-    """Tasks in flight at once."""
+    """Threads: as many tasks are in flight at once, or lanes of one."""
     device: str = "cpu"
     """Where tasks compute, as torch spells it."""
     device_allowed_bytes: int = 0
@@ -186,8 +198,7 @@ class Plan:
     @property
     def scratch_bytes(self) -> int:
         """What the tasks in flight spill at most."""
-        spills = sorted((spilled_bytes(task, self.item_bytes) for task in self.tasks), reverse=True)
-        return sum(spills[: self.concurrency])
+        return self._most([spilled_bytes(task, self.item_bytes) for task in self.tasks])
 
     @property
     def seconds(self) -> float:
@@ -203,8 +214,14 @@ class Plan:
     @property
     def projected_bytes(self) -> int:
         """What the process holds at most: reserved, and the largest tasks in flight together."""
-        largest = sorted((task.projected_bytes for task in self.tasks), reverse=True)
-        return self.reserved_bytes + sum(largest[: self.concurrency])
+        return self.reserved_bytes + self._most([task.projected_bytes for task in self.tasks])
+
+    def _most(self, sizes: Sequence[int]) -> int:
+        """Return what tasks of these sizes take together at most, in flight."""
+        together = [size for size, task in zip(sizes, self.tasks, strict=True) if not task.alone]
+        largest = sorted(together, reverse=True)[: self.concurrency]
+        alone = [size for size, task in zip(sizes, self.tasks, strict=True) if task.alone]
+        return max([sum(largest), *alone])
 
     def __repr__(self) -> str:
         return (

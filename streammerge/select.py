@@ -1,15 +1,25 @@
-"""Exact order statistics of magnitudes by counting digits, without a sort.
+"""Exact order statistics of magnitudes in streams, without a sort of the whole.
 
-The bits of a non-negative float, read as an integer, are ordered as the float is. The k-th largest
-is found digit by digit, 16 bits at a time from the top: count how often each digit occurs among
-the elements whose higher digits are already settled, and walk down the counts. Counts need O(1)
-memory, take any chunking and add across workers.
+The k-th largest of more elements than memory holds is found in passes (Munro and Paterson 1980). A
+sample puts it into a bracket (Floyd and Rivest 1975); a pass counts what lies above the bracket
+and gathers what lies inside. If the k-th is there it is found exactly; if the bracket holds too
+much, or missed, the next one is drawn from what has been learnt.
+
+A sample can mislead for ever, say with masses of equals. Behind it stands a way that cannot: the
+bits of a non-negative float, read as an integer, are ordered as the float is, so digits of 16 bits
+are counted from the top, each among the elements whose higher digits are already settled. Counts
+need O(1) memory, take any chunking and add across workers.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 DIGIT_BITS = 16
@@ -20,18 +30,6 @@ CHUNK = 1 << 15
 
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 _BITS = {torch.float32: 32, torch.float64: 64}
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Which elements are kept: all above `value`, and of those equal to it the first `equals`."""
-
-    value: float
-    equals: int
-
-
-KEEP_NONE = Cut(float("inf"), 0)
-KEEP_ALL = Cut(-1.0, 0)
 
 
 @dataclass(frozen=True)
@@ -103,25 +101,140 @@ def found_value(search: Search, dtype: torch.dtype) -> float:
     return float(bits.view(dtype)[0])
 
 
-def keep_largest_(x: torch.Tensor, cut: Cut, *, all_equals: bool) -> torch.Tensor:
-    """Set the elements of `x` below the cut to zero, in place, and return it.
+SAMPLE = 1 << 15
+"""Elements of a sample, at least, where there are so many."""
+
+GATHERED = 1 << 19
+"""Elements of a bracket that are to be gathered in a pass."""
+
+Array = npt.NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """Where the k-th largest is looked for: low <= |x| <= high."""
+
+    low: float
+    high: float
+    stride: int = 1
+    """Of the elements inside, every stride-th of a tile is gathered."""
+
+
+@dataclass(frozen=True)
+class Sifted:
+    """What a pass with a bracket found in a tile."""
+
+    above: int
+    """Elements above the bracket."""
+    inside: int
+    """Elements in it."""
+    gathered: Array
+    """Of these."""
+
+
+def bracket_sample(sample: Array, share: float, numel: int, *, margin: float) -> Bracket:
+    """Return a bracket around the place that a share from the top has in a sample.
+
+    Args:
+        sample: magnitudes, falling or rising in no order.
+        share: of the elements that are larger, in (0, 1).
+        numel: elements of the whole tensor.
+        margin: of the share, to both sides.
+    """
+    ordered = np.sort(sample)
+    low, high = _around(ordered, share, margin)
+    return Bracket(low, high, _stride(2 * margin * numel))
+
+
+def narrow(found: Sequence[Sifted], bracket: Bracket, place: int) -> Bracket | None:
+    """Return a bracket inside one that held too much to be gathered.
+
+    Args:
+        found: what the tiles hold of it.
+        bracket: the one that held it.
+        place: of what is looked for among the elements inside, from 1 on.
+
+    Returns:
+        None if there is none: all that was gathered is equal.
+    """
+    inside = sum(part.inside for part in found)
+    ordered = np.sort(np.concatenate([part.gathered for part in found]))
+    if not len(ordered) or ordered[0] == ordered[-1]:
+        return None
+    share, margin = place / inside, 5 * (0.25 / len(ordered)) ** 0.5
+    low, high = _around(ordered, share, margin)
+    return Bracket(max(low, bracket.low), min(high, bracket.high), _stride(2 * margin * inside))
+
+
+def _around(ordered: Array, share: float, margin: float) -> tuple[float, float]:
+    """Return what lies around a share from the top of a rising array; no bounds beyond its ends."""
+    size = len(ordered)
+    below, above = (
+        size - 1 - math.ceil((share + margin) * size),
+        size - math.floor((share - margin) * size),
+    )
+    low = float(ordered[below]) if below >= 0 else -1.0
+    return low, float(ordered[above]) if above < size else math.inf
+
+
+def _stride(expected: float) -> int:
+    return max(1, math.ceil(expected / GATHERED))
+
+
+class Sieve:
+    """Sifts tiles with a bracket, in buffers that serve all of them."""
+
+    def __init__(self, bracket: Bracket, size: int, device: torch.device) -> None:
+        """Make buffers for tiles of up to `size` elements."""
+        self._bracket = bracket
+        self._above, self._inside = (
+            torch.empty(size, dtype=torch.bool, device=device) for _ in range(2)
+        )
+
+    def sift(self, x: torch.Tensor) -> Sifted:
+        """Return what a tile holds above and inside the bracket; the tile is used up."""
+        magnitudes = x.view(-1).abs_()
+        above, inside = self._above[: len(magnitudes)], self._inside[: len(magnitudes)]
+        if magnitudes.device.type == "cpu":
+            # numpy compares and looks for places five times as fast as torch does on the CPU.
+            values, mask = magnitudes.numpy(), inside.numpy()
+            np.greater(values, self._bracket.high, out=above.numpy())
+            np.greater_equal(values, self._bracket.low, out=mask)
+            higher = int(np.count_nonzero(above.numpy()))
+            np.not_equal(mask, above.numpy(), out=mask)
+            places = np.flatnonzero(mask)
+            return Sifted(higher, len(places), values[places[:: self._bracket.stride]])
+        torch.gt(magnitudes, self._bracket.high, out=above)
+        torch.ge(magnitudes, self._bracket.low, out=inside).logical_xor_(above)
+        picked = magnitudes[inside]
+        taken = picked[:: self._bracket.stride].cpu().numpy()
+        return Sifted(int(torch.count_nonzero(above)), len(picked), taken)
+
+
+def keep_largest_(x: torch.Tensor, value: float, *, equals: int | None) -> torch.Tensor:
+    """Set the elements of `x` whose magnitudes lie below a threshold to zero, in place.
 
     Args:
         x: a contiguous tile.
-        cut: where it falls on this tile; among equals the lowest flat index is kept.
-        all_equals: whether every element equal to the cut's value is kept.
+        value: the threshold; negative to keep all, infinite to keep none.
+        equals: how many of those equal to it are kept, the lowest flat index first; all when None.
+
+    Returns:
+        `x`.
     """
-    if cut.value < 0:
+    if value < 0:
         return x
-    if cut.value == float("inf"):
+    if math.isinf(value):
         return x.zero_()
-    if all_equals:
+    if equals is None:
         # hardshrink keeps what is strictly larger; the next smaller number lets the equals in.
-        below = torch.nextafter(torch.tensor(cut.value, dtype=x.dtype), x.new_zeros(()).cpu())
+        below = torch.nextafter(torch.tensor(value, dtype=x.dtype), torch.zeros((), dtype=x.dtype))
         return _shrink_(x, float(below))
-    equal = (x.abs() == cut.value).view(-1).nonzero().view(-1)[: cut.equals]
+    if equals == 0:
+        return _shrink_(x, value)
+    equal = (x.abs() == value).view(-1).nonzero().view(-1)[:equals]
     kept = x.view(-1)[equal]
-    _shrink_(x, cut.value).view(-1)[equal] = kept
+    _shrink_(x, value).view(-1)[equal] = kept
     return x
 
 

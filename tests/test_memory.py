@@ -40,7 +40,7 @@ def flags(method: str) -> list[str]:
     [
         pytest.param("ties_svd", 4, {"up": linear(6144, 4096, 16)}, "krylov", id="merged 96 MiB"),
         pytest.param("svd", 30, {"up": linear(2048, 2048, 64)}, "sum", id="factors 30 MiB"),
-        pytest.param("svd", 3, {"emb": embedding(1024, 50000, 16)}, "core", id="an embedding"),
+        pytest.param("svd", 3, {"emb": embedding(1024, 50000, 16)}, "gram", id="an embedding"),
         pytest.param("dare_ties", 4, {"emb": embedding(2048, 60000, 32)}, "fold", id="tiles"),
         pytest.param("cat", 4, {"emb": embedding(2048, 60000, 32)}, "concatenate", id="copied"),
     ],

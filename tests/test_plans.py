@@ -378,6 +378,7 @@ def smallest_budget(case: Case) -> int:
 def without_budget(plan: Plan) -> str:
     """What of a plan decides the output's bytes."""
     kept = {"resident": 0, "spilled": 0, "factors": 0, "stacked": False, "projected_bytes": 0}
+    kept |= {"alone": False, "lanes": 1}
     tasks = tuple(replace(task, **kept) for task in plan.tasks)
     neutral = {"allowed_bytes": 0, "reserved_bytes": 0, "concurrency": 0, "allowed_origin": ""}
     return replace(plan, tasks=tasks, io="mmap", scratch=None, **neutral).to_json()

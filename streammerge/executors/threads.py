@@ -11,7 +11,7 @@ from dask.base import compute
 from dask.delayed import delayed
 
 from streammerge.plans import Task
-from streammerge.worker import Job, Receipt, one_thread_each, run_task
+from streammerge.worker import Job, Lanes, Receipt, one_thread_each, run_task
 
 BUNDLES_PER_THREAD = 16
 """Small targets share a node of the graph; more nodes balance better and cost more scheduling."""
@@ -24,28 +24,37 @@ OnReceipt = Callable[[Task, Receipt], None]
 def run_threads(job: Job, on_receipt: OnReceipt) -> list[Receipt]:
     """Run all tasks of a job, as many at once as the plan allows.
 
-    The number of tasks in flight times what they hold is within the budget: the pool has as many
-    threads as the plan's concurrency, and each runs one task at a time.
+    What the tasks in flight hold together is within the budget: large targets come one after
+    another, each worked on by several threads; then the pool has as many threads as the plan lets
+    tasks be in flight, and each runs one task at a time.
 
     Returns:
         The receipts in the plan's order.
     """
     report = _one_at_a_time(on_receipt)
+    together = [task for task in job.plan.tasks if not task.alone]
     nodes = [
         delayed(_run_bundle, pure=False)(
             _Hidden(job), _Hidden(bundle), report, dask_key_name=_node_name(bundle, number)
         )
-        for number, bundle in enumerate(bundles(job.plan.tasks, job.plan.concurrency))
+        for number, bundle in enumerate(bundles(together, job.plan.concurrency))
     ]
     with one_thread_each(), ThreadPoolExecutor(job.plan.concurrency) as pool:
         try:
-            done = compute(  # type: ignore[no-untyped-call]  # dask has no types
+            done = [
+                _report(report, task, run_task(job, task, Lanes(pool, task.lanes)))
+                for task in job.plan.tasks
+                if task.alone
+            ]
+            bundled = compute(  # type: ignore[no-untyped-call]  # dask has no types
                 *nodes, scheduler="threads", pool=pool, optimize_graph=False
             )
         finally:
             # After a failure other threads end their task at its next read.
             job.stopped.set()
-    return [receipt for receipts in done for receipt in receipts]
+    done.extend(receipt for receipts in bundled for receipt in receipts)
+    by_target = {receipt.target: receipt for receipt in done}
+    return [by_target[task.target] for task in job.plan.tasks]
 
 
 def bundles(tasks: Sequence[Task], threads: int) -> list[tuple[Task, ...]]:
@@ -65,11 +74,12 @@ def bundles(tasks: Sequence[Task], threads: int) -> list[tuple[Task, ...]]:
 def _run_bundle(
     job: _Hidden[Job], bundle: _Hidden[tuple[Task, ...]], on_receipt: OnReceipt
 ) -> list[Receipt]:
-    receipts = []
-    for task in bundle.value:
-        receipts.append(run_task(job.value, task))
-        on_receipt(task, receipts[-1])
-    return receipts
+    return [_report(on_receipt, task, run_task(job.value, task)) for task in bundle.value]
+
+
+def _report(on_receipt: OnReceipt, task: Task, receipt: Receipt) -> Receipt:
+    on_receipt(task, receipt)
+    return receipt
 
 
 class _Hidden(Generic[T]):

@@ -3,43 +3,66 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from streammerge.kernels.each import Each, accumulate, panels
 from streammerge.kernels.krylov import KrylovSpace
+from streammerge.kernels.tiles import TileAt
 from streammerge.lowrank import Truncation, truncate_matrix
 
-TileAt = Callable[[int], torch.Tensor]
 Spans = Sequence[tuple[int, int]]
 
 
 class TiledMatrix:
-    """A matrix that is given as tiles of rows, h × n; one pass goes over them once."""
+    """An m × n matrix that is given as tiles of rows; one pass goes over them once."""
 
-    def __init__(self, tile_at: TileAt, rows: Spans) -> None:
+    def __init__(
+        self, tile_at: TileAt, rows: Spans, new_buffer: Callable[[], torch.Tensor], each: Each
+    ) -> None:
+        """Make it.
+
+        Args:
+            tile_at: the tiles, flat.
+            rows: each tile's range of rows.
+            new_buffer: returns a flat buffer that is large enough for every tile.
+            each: goes over the panels of a pass.
+        """
         self._tile_at = tile_at
         self._rows = rows
+        self._new_buffer = new_buffer
+        self._each = each
         self._energy: float | None = None
 
     def images(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return M·block and Mᵀ·M·block; the first pass also takes ‖M‖²."""
+        first = self._energy is None
+
+        def multiply(panel: range) -> tuple[torch.Tensor, torch.Tensor, float]:
+            # Turned, for a product of wide matrices takes half the time of one of tall ones.
+            turned = block.new_zeros(block.shape[1], block.shape[0])
+            parts, squares = [], 0.0
+            for _, tile in self._tiles(panel):
+                parts.append(tile @ block)
+                turned.addmm_(parts[-1].mT, tile)
+                if first:
+                    squares += squared_norm(tile)
+            return torch.cat(parts), turned, squares
+
         image = block.new_empty(self._rows[-1][1], block.shape[1])
-        back = torch.zeros_like(block)
-        squares = 0.0
-        for t, (top, bottom) in enumerate(self._rows):
-            tile = self._tile_at(t)
-            part = tile @ block
-            back.addmm_(tile.mT, part)
-            image[top:bottom] = part
-            if self._energy is None:
-                squares += squared_norm(tile)
-        if not math.isfinite(squares):
-            raise FloatingPointError("a merged matrix overflows: its norm is not finite")
-        if self._energy is None:
-            self._energy = squares
-        return image, back
+        back = block.new_zeros(block.shape[1], block.shape[0])
+        top, energy = 0, 0.0
+        for part, turned, squares in self._each(multiply, panels(len(self._rows))):
+            image[top : top + len(part)] = part
+            back += turned
+            top, energy = top + len(part), energy + squares
+        if first:
+            if not math.isfinite(energy):
+                raise FloatingPointError("a merged matrix overflows: its norm is not finite")
+            self._energy = energy
+        return image, back.mT.contiguous()
 
     def outside(self, space: KrylovSpace) -> float:
         """Return ‖M‖² - ‖T‖²; exact to rounding."""
@@ -48,11 +71,22 @@ class TiledMatrix:
 
     def distance(self, triples: Truncation) -> float:
         """Return ‖M - U·S·Vᵀ‖² by one more pass."""
-        right = (triples.v * triples.s.to(triples.v.dtype)).mT
-        return sum(
-            squared_norm(torch.addmm(self._tile_at(t), triples.u[top:bottom], right, alpha=-1))
-            for t, (top, bottom) in enumerate(self._rows)
-        )
+        right = (triples.v * triples.s.to(triples.v.dtype)).mT.contiguous()
+
+        def measure(panel: range) -> float:
+            return sum(
+                squared_norm(torch.addmm(tile, triples.u[top:bottom], right, alpha=-1))
+                for (top, bottom), tile in self._tiles(panel)
+            )
+
+        return sum(self._each(measure, panels(len(self._rows))))
+
+    def _tiles(self, panel: range) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
+        """Yield the row ranges and tiles of a panel, h × n."""
+        buffer = self._new_buffer()
+        for t in panel:
+            top, bottom = self._rows[t]
+            yield (top, bottom), self._tile_at(t, buffer).view(bottom - top, -1)
 
 
 @dataclass(frozen=True)
@@ -74,10 +108,11 @@ class FactorSum:
     estimator on what the basis leaves, as in Meyer et al. 2021, arXiv 2010.09649.)
     """
 
-    def __init__(self, addends: Sequence[Addend], m: int, probes: torch.Tensor) -> None:
+    def __init__(self, addends: Sequence[Addend], m: int, probes: torch.Tensor, each: Each) -> None:
         self._addends = addends
         self._m = m
         self._probes = probes
+        self._each = each
         self._probed: torch.Tensor | None = None
 
     def images(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,33 +139,54 @@ class FactorSum:
         return squared_norm(self._probed - triples.u @ inner) / self._probes.shape[1]
 
     def _image(self, block: torch.Tensor) -> torch.Tensor:
-        image = block.new_zeros(self._m, block.shape[1])
-        for addend in self._addends:
-            inner = torch.cat([addend.a_rows(*rows) @ block for rows in addend.a_tiles])
-            for top, bottom in addend.b_tiles:
-                image[top:bottom].addmm_(addend.b_rows(top, bottom), inner, alpha=addend.q)
-        return image
+        def multiply(panel: range) -> torch.Tensor:
+            image = block.new_zeros(self._m, block.shape[1])
+            for addend in self._addends[panel.start : panel.stop]:
+                inner = torch.cat([addend.a_rows(*rows) @ block for rows in addend.a_tiles])
+                for top, bottom in addend.b_tiles:
+                    image[top:bottom].addmm_(addend.b_rows(top, bottom), inner, alpha=addend.q)
+            return image
+
+        return self._total(multiply)
 
     def _back(self, image: torch.Tensor) -> torch.Tensor:
-        back = image.new_zeros(self._probes.shape[0], image.shape[1])
-        for addend in self._addends:
-            inner: torch.Tensor | None = None
-            for top, bottom in addend.b_tiles:
-                part = addend.b_rows(top, bottom).mT @ image[top:bottom]
-                inner = part if inner is None else inner.add_(part)
-            assert inner is not None, "a factor has at least one tile"
-            for top, bottom in addend.a_tiles:
-                back.addmm_(addend.a_rows(top, bottom).mT, inner[top:bottom], alpha=addend.q)
-        return back
+        def multiply(panel: range) -> torch.Tensor:
+            turned = image.new_zeros(image.shape[1], len(self._probes))
+            for addend in self._addends[panel.start : panel.stop]:
+                inner = accumulate(
+                    addend.b_rows(top, bottom).mT @ image[top:bottom]
+                    for top, bottom in addend.b_tiles
+                )
+                for top, bottom in addend.a_tiles:
+                    rows = addend.a_rows(top, bottom)
+                    turned.addmm_(inner[top:bottom].mT, rows, alpha=addend.q)
+            return turned
+
+        return self._total(multiply).mT.contiguous()
+
+    def _total(self, function: Callable[[range], torch.Tensor]) -> torch.Tensor:
+        """Return the sum over the panels of adapters, in order."""
+        return accumulate(self._each(function, panels(len(self._addends))))
 
 
-def dense(tile_at: TileAt, rows: Spans, rank: int) -> Truncation:
-    """Return the leading `rank` triples from the matrix as a whole; for one small side."""
-    first = tile_at(0)
-    matrix = first.new_empty(rows[-1][1], first.shape[1])
-    for t, (top, bottom) in enumerate(rows):
-        matrix[top:bottom] = tile_at(t) if t else first
-    del first
+def dense(matrix: torch.Tensor, tile_at: TileAt, rows: Spans, rank: int, each: Each) -> Truncation:
+    """Return the leading `rank` triples of a matrix with a small side, from the whole of it.
+
+    Args:
+        matrix: m × n, where it is formed.
+        tile_at: its tiles, flat.
+        rows: each tile's range of rows.
+        rank: triples wanted.
+        each: goes over the panels of tiles.
+    """
+
+    def form(panel: range) -> None:
+        for t in panel:
+            top, bottom = rows[t]
+            tile_at(t, matrix[top:bottom].view(-1))
+
+    for _ in each(form, panels(len(rows))):
+        pass
     return truncate_matrix(matrix, rank)
 
 

@@ -3,84 +3,201 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from streammerge.kernels.each import Each, accumulate, panels
 from streammerge.select import (
-    KEEP_ALL,
-    KEEP_NONE,
-    Cut,
+    Bracket,
     DigitCounter,
     Search,
+    Sieve,
+    Sifted,
+    bracket_sample,
     digits,
     found_value,
     keep_largest_,
+    narrow,
     settle_digit,
 )
+
+BRACKETS = 4
+"""Passes with a bracket, after which digits are counted."""
+
+DEVIATIONS = 4
+"""A bracket's margin, in standard deviations of a sample's guess."""
+
+PANEL_GATHERED = 1 << 16
+"""Elements that a panel gathers at most; where a bracket holds more, digits are counted."""
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """Where a tensor is cut: above a value all is kept, of the equals a number in each tile."""
+    """Where a tensor is cut: above a value all is kept, of its equals those of the lowest index."""
 
     value: float
-    equals: tuple[int, ...] | None
-    """How many of the equals each tile keeps; None where all are kept."""
+    last: int | None = None
+    """The tile in which the last of the equals that are kept lies: tiles before it keep all,
+    those behind it none; None where all are kept everywhere."""
+    equals: int = 0
+    """How many that tile keeps."""
 
     def prune_(self, x: torch.Tensor, t: int) -> torch.Tensor:
         """Set what tile `t` loses to zero, in place, and return it."""
-        equals = 0 if self.equals is None else self.equals[t]
-        return keep_largest_(x, Cut(self.value, equals), all_equals=self.equals is None)
+        if self.last is None or t < self.last:
+            return keep_largest_(x, self.value, equals=None)
+        return keep_largest_(x, self.value, equals=self.equals if t == self.last else 0)
 
 
-def find_threshold(
-    tile_at: Callable[[int], torch.Tensor], spans: Sequence[tuple[int, int]], density: float
-) -> Threshold:
+@dataclass(frozen=True)
+class Stream:
+    """A tensor that is made tile by tile."""
+
+    spans: Sequence[tuple[int, int]]
+    """Each tile's range of flat indices, in order."""
+    tiles: Callable[[range], Iterator[torch.Tensor]]
+    """Yields the tiles of a range, contiguous, each in a buffer of which the caller may dispose
+    until the next one."""
+    sample: Callable[[], torch.Tensor]
+    """Returns some elements that stand for all, or all where they are few."""
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tensor."""
+        return self.spans[-1][1]
+
+    @property
+    def largest_tile(self) -> int:
+        """Elements of the largest tile."""
+        return max(stop - start for start, stop in self.spans)
+
+
+def find_threshold(stream: Stream, density: float, each: Each) -> Threshold:
     """Find the cut that keeps the int(density·numel) largest magnitudes of a tensor.
 
     Of magnitudes equal to the threshold those with the lowest flat index are kept, so that their
     number is exact whatever the tiles.
 
     Args:
-        tile_at: the tensor's tiles, contiguous.
-        spans: each tile's range of flat indices, in order.
+        stream: the tensor.
         density: share of elements kept.
+        each: goes over the panels of a pass.
 
     Raises:
         FloatingPointError: the threshold is infinite.
     """
-    numel = spans[-1][1]
-    keep = int(density * numel)
+    keep = int(density * stream.numel)
     if keep <= 0:
-        return Threshold(KEEP_NONE.value, None)
-    if keep >= numel:
-        return Threshold(KEEP_ALL.value, None)
-    tile = tile_at(0)
-    dtype, device = tile.dtype, tile.device
-    search = Search(remaining=keep)
-    while search.settled < digits(dtype):
-        counter = DigitCounter(search, dtype, device)
-        for t in range(len(spans)):
-            counter.add(tile_at(t))
-        search = settle_digit(search, counter.counts)
-    value = found_value(search, dtype)
-    if math.isinf(value):
+        return Threshold(math.inf)
+    if keep >= stream.numel:
+        return Threshold(-1.0)
+    found = _sift(stream, keep, each) or _count_digits(stream, keep, each)
+    if math.isinf(found.value):
         raise FloatingPointError("a tensor overflows: its threshold is infinite")
     # An element equal to a threshold of zero is zero, kept or not.
-    if search.remaining == search.occurrences or value == 0.0:
-        return Threshold(value, None)
-    return Threshold(value, _share_equals(tile_at, len(spans), value, search.remaining))
+    if found.value == 0.0:
+        return Threshold(0.0)
+    return found
 
 
-def _share_equals(
-    tile_at: Callable[[int], torch.Tensor], tiles: int, value: float, remaining: int
-) -> tuple[int, ...]:
-    """Give the equals that are kept to the tiles, in order."""
-    shares = []
-    for t in range(tiles):
-        equals = int(torch.count_nonzero(tile_at(t).abs() == value)) if remaining else 0
-        shares.append(min(equals, remaining))
-        remaining -= shares[-1]
-    return tuple(shares)
+def _sift(stream: Stream, keep: int, each: Each) -> Threshold | None:
+    """Look for the threshold with brackets; None where they do not close on it."""
+    sample = stream.sample().abs().cpu().view(-1).numpy()
+    whole, share = len(sample) == stream.numel, keep / stream.numel
+    margin = 1 / len(sample) if whole else DEVIATIONS * math.sqrt(share * (1 - share) / len(sample))
+    bracket: Bracket | None = bracket_sample(sample, share, stream.numel, margin=margin)
+    for _ in range(BRACKETS):
+        assert bracket is not None
+        found = _pass(stream, bracket, each)
+        if found is None:
+            return None
+        place = keep - sum(part.above for part in found)
+        inside = sum(part.inside for part in found)
+        if 0 < place <= inside:
+            if bracket.stride == 1:
+                return _settle(found, place)
+            bracket = narrow(found, bracket, place)
+            if bracket is None:
+                return None
+        else:
+            margin *= 8
+            bracket = _beyond(
+                bracket,
+                bracket_sample(sample, share, stream.numel, margin=margin),
+                higher=place <= 0,
+            )
+    return None
+
+
+def _beyond(missed: Bracket, wider: Bracket, *, higher: bool) -> Bracket:
+    """Return what a wider bracket has on the side on which another one missed."""
+    if higher:
+        return Bracket(missed.high, max(wider.high, missed.high), wider.stride)
+    return Bracket(min(wider.low, missed.low), missed.low, wider.stride)
+
+
+def _pass(stream: Stream, bracket: Bracket, each: Each) -> list[Sifted] | None:
+    """Sift all panels; None where one of them finds too much to gather."""
+
+    def sift(panel: range) -> list[Sifted] | None:
+        sieve: Sieve | None = None
+        found, gathered = [], 0
+        for tile in stream.tiles(panel):
+            sieve = sieve or Sieve(bracket, stream.largest_tile, tile.device)
+            found.append(sieve.sift(tile))
+            gathered += len(found[-1].gathered)
+            if gathered > PANEL_GATHERED:
+                return None
+        return found
+
+    panels_found = list(each(sift, panels(len(stream.spans))))
+    if None in panels_found:
+        return None
+    return [part for found in panels_found if found for part in found]
+
+
+def _settle(found: Sequence[Sifted], place: int) -> Threshold:
+    """Return the threshold at a place among the elements inside, all of which were gathered."""
+    ordered = np.sort(np.concatenate([part.gathered for part in found]))
+    value = ordered[len(ordered) - place]
+    larger = len(ordered) - int(np.searchsorted(ordered, value, side="right"))
+    equals = [int(np.count_nonzero(part.gathered == value)) for part in found]
+    return _cut_equals(float(value), equals, place - larger)
+
+
+def _count_digits(stream: Stream, keep: int, each: Each) -> Threshold:
+    """Find the threshold digit by digit, which takes a pass for each and one for the equals."""
+    first = next(stream.tiles(range(1)))
+    dtype, device = first.dtype, first.device
+    search = Search(remaining=keep)
+    while search.settled < digits(dtype):
+
+        def count(panel: range, search: Search = search) -> torch.Tensor:
+            counter = DigitCounter(search, dtype, device)
+            for tile in stream.tiles(panel):
+                counter.add(tile)
+            return counter.counts
+
+        search = settle_digit(search, accumulate(each(count, panels(len(stream.spans)))))
+    value = found_value(search, dtype)
+    if search.remaining == search.occurrences or value == 0.0 or math.isinf(value):
+        return Threshold(value)
+
+    def count_equals(panel: range) -> list[int]:
+        return [int(torch.count_nonzero(x.abs_() == value)) for x in stream.tiles(panel)]
+
+    parts = each(count_equals, panels(len(stream.spans)))
+    return _cut_equals(value, [n for part in parts for n in part], search.remaining)
+
+
+def _cut_equals(value: float, equals: Sequence[int], kept: int) -> Threshold:
+    """Return the threshold at a value of which each tile holds some and so many are kept."""
+    for t, count in enumerate(equals):
+        if kept <= count:
+            behind = any(equals[t + 1 :])
+            return Threshold(value, t, kept) if kept < count or behind else Threshold(value)
+        kept -= count
+    raise AssertionError("more equals are kept than there are")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 
 from streammerge.catalog import RULES, Sparsity
-from streammerge.draw import random_mask
-from streammerge.kernels.thresholds import Threshold, find_threshold
+from streammerge.draw import Drawer
+from streammerge.kernels.each import Each, Pool
+from streammerge.kernels.thresholds import Stream, Threshold, find_threshold
 from streammerge.rules import FUNCTIONS, Tile
 
-TileAt = Callable[[int], torch.Tensor]
+TileAt = Callable[[int, torch.Tensor], torch.Tensor]
+"""From a tile's number and a flat buffer that is large enough to the flat tile, in the buffer."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,9 @@ class Operands:
     spans: Sequence[tuple[int, int]]
     """Each tile's range of flat indices."""
     fill: Callable[[int, int, torch.Tensor], torch.Tensor]
-    """Puts tile t of tensor i into a flat buffer that is large enough, and returns it, shaped."""
+    """Puts tile t of tensor i into a flat buffer that is large enough, and returns it, flat."""
+    sample: Callable[[int], torch.Tensor]
+    """Returns elements that stand for tensor i."""
     new_buffer: Callable[[int], torch.Tensor]
     """Returns a flat buffer for so many elements."""
     keys: Sequence[int]
@@ -48,117 +53,164 @@ class RuleOptions:
     majority_sign: str
 
 
-def merged_tiles(operands: Operands, options: RuleOptions, *, stacked: bool = False) -> TileAt:
-    """Return the function from a tile's number to that tile of the merged tensor.
+class MergedTiles:
+    """The tiles of the merged tensor, made when they are asked for, from any thread.
 
     Thresholds over whole tensors are found first, by going over their tiles; after that any tile
     may be asked for, in any order and again, and is the same each time.
-
-    Args:
-        operands: the tensors.
-        options: the rule and what it needs.
-        stacked: whether the N tensors of a tile are kept while the rule goes over them again,
-            instead of being made again.
     """
-    rule = FUNCTIONS[options.rule]
-    maker = _TileMaker(operands, options, stacked=stacked)
 
-    def tile_at(t: int) -> torch.Tensor:
-        return rule(
-            Tile(
-                tensors=lambda: maker.go_over(t, "none"),
-                largest=lambda: maker.go_over(t, "largest"),
-                random=lambda: maker.go_over(t, "random"),
-                weights=operands.weights,
-                majority_sign=options.majority_sign,
-            )
-        )
+    def __init__(
+        self, operands: Operands, options: RuleOptions, *, stacked: bool, each: Each
+    ) -> None:
+        """Find the thresholds.
 
-    return tile_at
-
-
-class _TileMaker:
-    """Makes the N tensors of a tile, in buffers that serve every tile."""
-
-    def __init__(self, operands: Operands, options: RuleOptions, *, stacked: bool) -> None:
+        Args:
+            operands: the tensors.
+            options: the rule and what it needs.
+            stacked: whether the N tensors of a tile are kept while the rule goes over them again,
+                instead of being made again.
+            each: goes over the panels of a tensor.
+        """
         self._operands = operands
-        self._density = options.density
-        size = operands.largest_tile
-        self._buffers = [operands.new_buffer(size) for _ in range(len(operands) if stacked else 1)]
+        self._options = options
         self._stacked = stacked
-        self._made: tuple[int, Sparsity, list[torch.Tensor]] | None = None
-        self._mask: torch.Tensor | None = None
+        self._workspaces = Pool(lambda: _Workspace(operands))
         self._thresholds: list[Threshold] = []
         if RULES[options.rule].sparsity == "largest":
             self._thresholds = [
-                find_threshold(self._tiles_of(i), operands.spans, options.density)
-                for i in range(len(operands))
+                find_threshold(self._stream(i), options.density, each) for i in range(len(operands))
             ]
 
-    def go_over(self, t: int, kept: Sparsity) -> Iterator[torch.Tensor]:
+    def __call__(self, t: int, out: torch.Tensor) -> torch.Tensor:
+        """Write merged tile `t` into the head of a flat buffer and return it, flat."""
+        options = self._options
+        start, stop = self._operands.spans[t]
+        with self._workspaces.lend() as space:
+            space.stack = None
+            return FUNCTIONS[options.rule](
+                Tile(
+                    tensors=lambda: self._go_over(space, t, "none"),
+                    largest=lambda: self._go_over(space, t, "largest"),
+                    random=lambda: self._go_over(space, t, "random"),
+                    weights=self._operands.weights,
+                    majority_sign=options.majority_sign,
+                    out=out[: stop - start],
+                    spare=lambda k: space.spare(k)[: stop - start],
+                )
+            )
+
+    def _stream(self, i: int) -> Stream:
+        """Return tensor `i` for the search of its threshold."""
+
+        def tiles(panel: range) -> Iterator[torch.Tensor]:
+            with self._workspaces.lend() as space:
+                for t in panel:
+                    yield self._operands.fill(i, t, space.incoming(0))
+
+        return Stream(self._operands.spans, tiles, lambda: self._operands.sample(i))
+
+    def _go_over(self, space: _Workspace, t: int, kept: Sparsity) -> Iterator[torch.Tensor]:
         """Yield tile t of each tensor, with all, the largest or random elements kept."""
-        if self._made is not None and self._made[:2] == (t, kept):
-            yield from self._made[2]
+        if space.stack is not None and space.stack[0] == kept:
+            yield from space.stack[1]
             return
-        self._made, made = None, []
+        made = []
         for i in range(len(self._operands)):
-            buffer = self._buffers[i if self._stacked else 0]
-            x = self._operands.fill(i, t, buffer)
+            x = self._operands.fill(i, t, space.incoming(i if self._stacked else 0))
             if kept == "largest":
                 x = self._thresholds[i].prune_(x, t)
             elif kept == "random":
-                x = self._drop_(i, t, x)
+                x = self._drop_(space, i, t, x)
             made.append(x)
             yield x
         if self._stacked:
-            self._made = (t, kept, made)
+            space.stack = (kept, made)
 
-    def _drop_(self, i: int, t: int, x: torch.Tensor) -> torch.Tensor:
+    def _drop_(self, space: _Workspace, i: int, t: int, x: torch.Tensor) -> torch.Tensor:
         """Keep random elements at the rate of the density, and divide them by it."""
-        if self._density >= 1:
+        density = self._options.density
+        if density >= 1:
             return x
-        if self._density <= 0:
+        if density <= 0:
             return x.zero_()
-        if self._mask is None:
-            self._mask = self._operands.new_buffer(self._operands.largest_tile)
         key, (start, stop) = self._operands.keys[i], self._operands.spans[t]
-        mask = random_mask(key, start, self._density, out=self._mask[: stop - start])
-        return x.mul_(mask.view(x.shape)).div_(self._density)
+        mask = space.drawer.mask(key, start, density, out=space.mask[: stop - start])
+        return x.mul_(mask).div_(density)
 
-    def _tiles_of(self, i: int) -> TileAt:
-        return lambda t: self._operands.fill(i, t, self._buffers[0])
+
+class _Workspace:
+    """Buffers of tile size for one tile in the making; made when first used, then used again."""
+
+    def __init__(self, operands: Operands) -> None:
+        self._new: Callable[[], torch.Tensor] = lambda: operands.new_buffer(operands.largest_tile)
+        self._incoming: list[torch.Tensor] = []
+        self._spare: list[torch.Tensor] = []
+        self.stack: tuple[Sparsity, list[torch.Tensor]] | None = None
+        """The N tensors of the tile, when they are kept."""
+
+    def incoming(self, i: int) -> torch.Tensor:
+        """Return the i-th buffer for a tensor on its way in."""
+        return self._numbered(self._incoming, i)
+
+    def spare(self, k: int) -> torch.Tensor:
+        """Return the k-th buffer for the rule's own use."""
+        return self._numbered(self._spare, k)
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """The buffer for a mask of random elements."""
+        return self._new()
+
+    @cached_property
+    def drawer(self) -> Drawer:
+        """What draws the masks."""
+        return Drawer(self.mask.numel(), self.mask.device)
+
+    def _numbered(self, buffers: list[torch.Tensor], number: int) -> torch.Tensor:
+        while len(buffers) <= number:
+            buffers.append(self._new())
+        return buffers[number]
 
 
 class TileStore(Protocol):
     """Somewhere to put tiles that do not fit into memory."""
 
     def put(self, t: int, tile: torch.Tensor) -> None:
-        """Store tile `t`."""
+        """Store tile `t`, flat."""
 
-    def get(self, t: int) -> torch.Tensor:
-        """Return tile `t` as it was stored."""
+    def get(self, t: int, out: torch.Tensor) -> torch.Tensor:
+        """Read tile `t` as it was stored into the head of a flat buffer and return it."""
 
 
-def hold_tiles(tile_at: TileAt, count: int, store: TileStore | None, stored: int) -> TileAt:
-    """Return `tile_at`, making some tiles only once.
+class HeldTiles:
+    """Tiles of which some are made only once.
 
     The first `count` are held in memory, the next `stored` are put into the store; the others
     are made again each time.
     """
-    held: dict[int, torch.Tensor] = {}
-    put: set[int] = set()
 
-    def tile(t: int) -> torch.Tensor:
-        if t in held:
-            return held[t]
-        if store is not None and t in put:
-            return store.get(t)
-        made = tile_at(t)
-        if t < count:
-            held[t] = made
-        elif store is not None and t < count + stored:
-            store.put(t, made)
-            put.add(t)
+    def __init__(self, make: TileAt, count: int, store: TileStore | None, stored: int) -> None:
+        self._make = make
+        self._count = count
+        self._store = store
+        self._end = count + stored
+        # Each tile is asked for by one thread at a time; entries of dictionaries are atomic.
+        self._held: dict[int, torch.Tensor] = {}
+        self._put: set[int] = set()
+
+    def __call__(self, t: int, out: torch.Tensor) -> torch.Tensor:
+        """Return tile `t`, flat; in `out` unless it is held."""
+        if t < self._count:
+            if t not in self._held:
+                # Made in memory of its own: the buffer is needed for others.
+                self._held[t] = self._make(t, torch.empty_like(out))
+            return self._held[t]
+        if self._store is None or t >= self._end:
+            return self._make(t, out)
+        if t in self._put:
+            return self._store.get(t, out)
+        made = self._make(t, out)
+        self._store.put(t, made)
+        self._put.add(t)
         return made
-
-    return tile

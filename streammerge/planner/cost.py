@@ -19,14 +19,15 @@ SCRATCH_RATE = 5e8
 def arithmetic(course: Course, rule: RuleSpec, shape: Shape) -> int:
     """Return the floating-point operations of a task, about."""
     m, n, k, sources = shape.m, shape.n, shape.total_rank, len(shape.ranks)
-    if course.route == "concatenate":
-        return k * (m + n)
-    if course.route == "fold":
-        return (rule.operations + 2) * k * (m + n)
-    if course.route == "core":
-        return 4 * (m + n) * k * k + 20 * min(k, shape.small) ** 3
-    if course.route == "sum":
-        return course.passes * 4 * k * (m + n) * course.block
+    from_factors = {
+        "concatenate": k * (m + n),
+        "fold": (rule.operations + 2) * k * (m + n),
+        "core": 4 * (m + n) * k * k + 20 * min(k, shape.small) ** 3,
+        "gram": 2 * (m + n) * k * k + 20 * k**3,
+        "sum": course.passes * 4 * k * (m + n) * course.block,
+    }
+    if course.route in from_factors:
+        return from_factors[course.route]
     made = m * n * (2 * k * rule.sweeps + rule.operations * sources)
     selection = 2 * m * n * (2 * k + 4 * sources) if rule.sparsity == "largest" else 0
     if course.route == "dense":

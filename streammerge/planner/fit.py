@@ -21,7 +21,7 @@ from streammerge.planner.memory import (
     tile_bytes,
 )
 from streammerge.planner.routes import Course, Shape
-from streammerge.plans import Region, Task, flat_tiles, longest, row_tiles
+from streammerge.plans import GRAM_BLOCK, Region, Task, flat_tiles, longest, row_tiles
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,14 @@ class Draft:
 
 @dataclass(frozen=True)
 class Limits:
-    """Where tasks run, and what each of those in flight may hold there."""
+    """Where tasks run, and what those in flight may hold there."""
 
     budget: Budget
     device: Device
+    together: int = 1
+    """Tasks in flight at once, of those that are not alone."""
+    whole: float = 0.0
+    """Operations of all tasks."""
 
     @property
     def on_device(self) -> bool:
@@ -47,36 +51,73 @@ class Limits:
 
     @property
     def room(self) -> int:
-        """Bytes for what a task computes with."""
+        """Bytes for all that is computed with at once."""
         if self.on_device:
-            return self.device.allowed_bytes // self.budget.threads
-        return self.budget.task_bytes
+            return self.device.allowed_bytes
+        return self.budget.allowed_bytes - self.budget.reserved_bytes
 
 
 def fit(drafts: Sequence[Draft], rule: RuleSpec, budget: Budget, device: Device) -> Limits:
-    """Return the limits with as many tasks in flight as all tasks allow.
+    """Return the limits, with as many threads as leave room for every task alone.
 
     Raises:
-        BudgetError: not even one task at a time fits.
+        BudgetError: not even on one thread does every task fit.
     """
-    limits = Limits(replace(budget, threads=min(budget.threads, len(drafts))), device)
+    limits = Limits(replace(budget, threads=budget.threads), device)
     needs = [_least(draft, rule) for draft in drafts]
     worst = max(range(len(drafts)), key=needs.__getitem__)
     hosts = [project_host(draft.shape) for draft in drafts] if limits.on_device else needs
     worst_host = max(range(len(drafts)), key=hosts.__getitem__)
-    while limits.budget.threads > 1:
-        if needs[worst] <= limits.room and hosts[worst_host] <= limits.budget.task_bytes:
-            return limits
+    while limits.budget.threads > 1 and hosts[worst_host] > _host_room(limits):
         limits = replace(limits, budget=replace(limits.budget, threads=limits.budget.threads - 1))
     if limits.on_device and needs[worst] > limits.room:
         target = drafts[worst].group.target
         raise _refuse(target, needs[worst], device.allowed_bytes, needs[worst], device.name)
-    if hosts[worst_host] > limits.budget.task_bytes:
+    if hosts[worst_host] > _host_room(limits):
         smallest = hosts[worst_host] + limits.budget.reserved_bytes
         target = drafts[worst_host].group.target
         origin = f"{budget.origin}; {format_size(limits.budget.reserved_bytes)} for the process"
         raise _refuse(target, hosts[worst_host], budget.allowed_bytes, smallest, origin)
-    return limits
+    limits = replace(limits, whole=sum(arithmetic(d.course, rule, d.shape) for d in drafts))
+    shared = sum(not _is_alone(draft, rule, limits) for draft in drafts)
+    return replace(limits, together=max(1, min(limits.budget.threads, shared)))
+
+
+def _host_room(limits: Limits) -> int:
+    return limits.budget.allowed_bytes - limits.budget.reserved_bytes
+
+
+def _is_alone(draft: Draft, rule: RuleSpec, limits: Limits) -> bool:
+    """Whether a task runs with no other beside it.
+
+    So that cores do not wait for one large target at the end, one that is a good part of the work
+    is shared by them; and so is one that is too large for its part of the memory.
+    """
+    threads = limits.budget.threads
+    if threads == 1:
+        return False
+    host = project_host(draft.shape) if limits.on_device else 0
+    if _least(draft, rule) * threads > limits.room or host * threads > _host_room(limits):
+        return True
+    work = arithmetic(draft.course, rule, draft.shape)
+    return work * threads * ROUNDS > limits.whole and _parts(draft) >= threads
+
+
+ROUNDS = 8
+"""A target is worked on by all threads where fewer than so many of its size make up each one's
+share of the work."""
+
+
+def _parts(draft: Draft) -> int:
+    """Into how many parts a target's work falls that can be done side by side."""
+    shape, route = draft.shape, draft.course.route
+    if route == "fold":
+        return len(flat_tiles(shape.rank * shape.small))
+    if route == "sum":
+        return len(shape.ranks)
+    if route == "gram":
+        return max(2, shape.total_rank // GRAM_BLOCK)
+    return 1 if route in ("concatenate", "core") else len(row_tiles(shape.m, shape.n))
 
 
 def _refuse(target: str, projected: int, allowed: int, smallest: int, origin: str) -> BudgetError:
@@ -90,8 +131,8 @@ def _refuse(target: str, projected: int, allowed: int, smallest: int, origin: st
     )
 
 
-def _least(draft: Draft, rule: RuleSpec) -> int:
-    return project(draft.course, rule, draft.shape, Holding())
+def _least(draft: Draft, rule: RuleSpec, lanes: int = 1) -> int:
+    return project(draft.course, rule, draft.shape, Holding(lanes=lanes))
 
 
 def plan_task(
@@ -103,7 +144,10 @@ def plan_task(
 ) -> Task:
     """Return a draft as a task, holding as much as the limits allow."""
     shape, course, (a, b) = draft.shape, draft.course, places
-    holding = _hold(draft, rule, limits.room)
+    alone = _is_alone(draft, rule, limits)
+    room = limits.room if alone else limits.room // limits.together
+    lanes = _lanes(draft, rule, limits, room) if alone else 1
+    holding = _hold(draft, rule, room, lanes)
     spilled = 0
     if course.route == "krylov" and scratch and prefers_scratch(rule, shape):
         spilled = len(row_tiles(shape.m, shape.n)) - holding.tiles
@@ -122,6 +166,8 @@ def plan_task(
         stacked=holding.stacked,
         block=course.block,
         passes=course.passes,
+        alone=alone,
+        lanes=lanes,
         read_bytes=shape.source_bytes,
         write_bytes=a.nbytes + b.nbytes,
         projected_bytes=project_host(shape) if limits.on_device else held,
@@ -132,22 +178,32 @@ def plan_task(
     )
 
 
-def _hold(draft: Draft, rule: RuleSpec, room: int) -> Holding:
+def _lanes(draft: Draft, rule: RuleSpec, limits: Limits, room: int) -> int:
+    """Return how many threads work on a task that is alone: as many as there is room for."""
+    if limits.on_device:
+        return 1
+    lanes = min(limits.budget.threads, _parts(draft))
+    while lanes > 1 and _least(draft, rule, lanes) > room:
+        lanes -= 1
+    return lanes
+
+
+def _hold(draft: Draft, rule: RuleSpec, room: int, lanes: int) -> Holding:
     """Return what a streamed task keeps in memory: first A's, then tiles, as many as fit."""
     shape = draft.shape
     if draft.course.route not in ("fold", "dense", "krylov"):
-        return Holding()
-    room -= _least(draft, rule)
+        return Holding(lanes=lanes)
+    room -= _least(draft, rule, lanes)
     factors = _held_factors(shape, room) if draft.course.route != "fold" else 0
     room -= factor_bytes(shape, factors)
-    stack = stack_bytes(shape, _tile_elements(draft))
+    stack = lanes * stack_bytes(shape, _tile_elements(draft))
     stacked = rule.sweeps > 1 and stack <= room
     room -= stack if stacked else 0
     if draft.course.route != "krylov":
         # Each tile is made once: for the output, or for a matrix that is held as a whole.
-        return Holding(factors=factors, stacked=stacked)
+        return Holding(factors=factors, stacked=stacked, lanes=lanes)
     tiles = min(len(row_tiles(shape.m, shape.n)), room // tile_bytes(shape))
-    return Holding(tiles, factors, stacked)
+    return Holding(tiles, factors, stacked, lanes)
 
 
 def _held_factors(shape: Shape, room: int) -> int:

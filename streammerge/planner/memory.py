@@ -9,16 +9,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streammerge.catalog import RuleSpec
-from streammerge.planner.routes import Course, Shape
-from streammerge.plans import factor_rows, flat_tiles, longest, row_tiles
+from streammerge.planner.routes import DOUBLE, Course, Shape
+from streammerge.plans import GRAM_ROWS, factor_rows, flat_tiles, longest, row_tiles, split
 
 SLACK_BYTES = 8 * 1024**2
 """Allocator rounding, small tensors of a task, and pages of files at both ends of a window."""
 
 PAGE_BYTES = 4096
 
-COUNTER_BYTES = 4 * 1024**2
-"""Histogram and chunk buffers of one threshold's search, or of one stream of random bits."""
+COUNTER_BYTES = 2 * 1024**2
+"""Sample, histogram and chunk buffers of a threshold's search."""
+
+DRAWN = 2**18
+"""Elements of a stream of random bits that are drawn at once."""
+
+GATHERED = 16 * 2**16
+"""Elements of a bracket around a threshold that are gathered at most, over all tiles."""
+
+PROBES = 8
+"""Gaussian vectors that ride along when factors are iterated on."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,8 @@ class Holding:
     """Sources whose A is kept, in the compute dtype."""
     stacked: bool = False
     """Whether a tile of every source is kept between a rule's sweeps."""
+    lanes: int = 1
+    """Threads that work on the target at once, each with buffers of its own."""
 
 
 def tile_bytes(shape: Shape) -> int:
@@ -45,13 +56,15 @@ def factor_bytes(shape: Shape, count: int) -> int:
 
 def project(course: Course, rule: RuleSpec, shape: Shape, holding: Holding) -> int:
     """Return the bytes that a task holds at most."""
+    lanes = holding.lanes
     parts = {
         "concatenate": lambda: _concatenate(shape),
         "fold": lambda: _fold(rule, shape, holding),
         "core": lambda: _core(shape),
-        "sum": lambda: _sum(shape, course),
+        "gram": lambda: _gram(shape, lanes),
+        "sum": lambda: _sum(shape, course, lanes),
         "dense": lambda: _streamed(rule, shape, holding) + _dense(shape),
-        "krylov": lambda: _streamed(rule, shape, holding) + _krylov(shape, course),
+        "krylov": lambda: _streamed(rule, shape, holding) + _krylov(shape, course, lanes),
     }
     return parts[course.route]() + SLACK_BYTES
 
@@ -75,10 +88,11 @@ def _concatenate(shape: Shape) -> int:
 
 
 def _fold(rule: RuleSpec, shape: Shape, holding: Holding) -> int:
-    """One tile of A or B: of the sources, stored and converted; the rule's buffers; cast."""
+    """Tiles of A or B: of the sources, stored and converted; the rule's buffers; cast, twice."""
     elements = max(longest(flat_tiles(shape.rank * side)) for side in (shape.m, shape.n))
-    stored = elements * (shape.stored_item + shape.out_item)
-    return stored + _rule(rule, shape, elements, holding)
+    stored = elements * (shape.stored_item + 2 * shape.out_item)
+    tiles = max(len(flat_tiles(shape.rank * side)) for side in (shape.m, shape.n))
+    return holding.lanes * stored + _rule(rule, shape, (tiles, elements), holding)
 
 
 def _core(shape: Shape) -> int:
@@ -91,12 +105,23 @@ def _core(shape: Shape) -> int:
     return stack_a + stack_b + 2 * max(stack_a, stack_b) + max(reading, core) + _pair(shape)
 
 
-def _sum(shape: Shape, course: Course) -> int:
-    """The basis, a block's images, and a tile of one factor, stored and converted."""
+def _gram(shape: Shape, lanes: int) -> int:
+    """The stacked factors; their Gram matrices and what is made of them; rows in float64."""
+    k = shape.total_rank
+    stacks = (shape.m + shape.n) * k * shape.item
+    reading = 2 * max(shape.ranks) * max(shape.m, shape.n) * (shape.item + shape.stored_item)
+    rows = longest(split(max(shape.m, shape.n), GRAM_ROWS))
+    return stacks + 9 * k * k * DOUBLE + max(reading, lanes * 2 * rows * k * DOUBLE) + _pair(shape)
+
+
+def _sum(shape: Shape, course: Course, lanes: int) -> int:
+    """The basis, a block's images, and tiles of factors, stored and converted."""
     elements = max(longest(factor_rows(rank, shape.n)) * shape.n for rank in shape.ranks)
     elements = max(elements, *(longest(factor_rows(shape.m, rank)) * rank for rank in shape.ranks))
-    images = max(shape.ranks) * course.block * shape.item
-    return elements * (shape.item + shape.stored_item) + images + _krylov(shape, course)
+    images = 2 * max(shape.ranks) * (course.block + PROBES) * shape.item
+    probed = 3 * max(shape.m, shape.n) * PROBES * shape.item
+    reading = elements * (shape.item + shape.stored_item) + images
+    return lanes * reading + probed + _krylov(shape, course, lanes)
 
 
 def _streamed(rule: RuleSpec, shape: Shape, holding: Holding) -> int:
@@ -104,7 +129,8 @@ def _streamed(rule: RuleSpec, shape: Shape, holding: Holding) -> int:
     rows, rank = longest(row_tiles(shape.m, shape.n)), max(shape.ranks)
     incoming = rank * (shape.n + rows) * (shape.item + shape.stored_item)
     kept = holding.tiles * tile_bytes(shape) + factor_bytes(shape, holding.factors)
-    return kept + incoming + _rule(rule, shape, rows * shape.n, holding)
+    tiles = len(row_tiles(shape.m, shape.n)), rows * shape.n
+    return kept + holding.lanes * incoming + _rule(rule, shape, tiles, holding)
 
 
 def stack_bytes(shape: Shape, tile_elements: int) -> int:
@@ -112,16 +138,21 @@ def stack_bytes(shape: Shape, tile_elements: int) -> int:
     return (len(shape.ranks) - 1) * tile_elements * shape.item
 
 
-def _rule(rule: RuleSpec, shape: Shape, elements: int, holding: Holding) -> int:
-    """A tile of one source, or of all; what the rule needs besides; what finds its thresholds."""
-    held = elements * (1 + rule.tile_buffers) * shape.item
+def _rule(rule: RuleSpec, shape: Shape, tiles: tuple[int, int], holding: Holding) -> int:
+    """For each lane a tile of one source, or of all, and the answer; the rule's buffers; what
+    finds its thresholds or draws its masks. `tiles`: how many, and elements of the largest."""
+    count, elements = tiles
+    held = elements * (2 + rule.tile_buffers) * shape.item
     if holding.stacked:
         held += stack_bytes(shape, elements)
     if rule.sparsity == "none":
-        return held
-    # Among equals at a threshold places are counted: magnitudes, a mask, and 64-bit places.
-    equals = elements * (shape.item + 1 + 8) if rule.sparsity == "largest" else 0
-    return max(held, elements * shape.item + equals) + COUNTER_BYTES + equals
+        return holding.lanes * held
+    if rule.sparsity == "random":
+        return holding.lanes * (held + 3 * min(elements, DRAWN) * 4)
+    # Two masks and the places found; among equals at a threshold magnitudes and 64-bit places.
+    places = elements * (shape.item + 2 + 8)
+    gathered = 3 * min(GATHERED, elements * count) * shape.item
+    return holding.lanes * (held + COUNTER_BYTES + places) + gathered
 
 
 def _dense(shape: Shape) -> int:
@@ -130,12 +161,14 @@ def _dense(shape: Shape) -> int:
     return 3 * shape.m * shape.n * shape.item + 8 * small * small * 8 + _pair(shape)
 
 
-def _krylov(shape: Shape, course: Course) -> int:
-    """Both bases, the newest images as they are made and orthogonalised, and the triangle."""
+def _krylov(shape: Shape, course: Course, lanes: int) -> int:
+    """Both bases, the newest images as they are made and orthogonalised, each lane's share of
+    them, and the triangle."""
     columns = course.block * course.passes
     bases = (shape.m * columns + shape.n * (columns + course.block)) * shape.item
     newest = 3 * (shape.m + shape.n) * course.block * shape.item
-    return bases + newest + 8 * columns * columns * 8 + _pair(shape)
+    shares = (lanes + 1) * max(shape.m, shape.n) * (course.block + PROBES) * shape.item
+    return bases + newest + shares + 8 * columns * columns * DOUBLE + _pair(shape)
 
 
 def _pair(shape: Shape) -> int:

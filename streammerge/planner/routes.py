@@ -22,11 +22,26 @@ KRYLOV_COLUMNS = 1024
 MIN_PASSES = 3
 """Fewer blocks give no certificate worth its name: the residuals need a space to show in."""
 
+DOUBLE = 8
+"""Bytes of a float64."""
+
 DENSE_SIDE = 256
 """A merged matrix with a side up to this is decomposed as a whole."""
 
-CORE_ELEMENTS = 2**25
-"""Stacked factors with more elements than this are not decomposed by QR, but iterated on."""
+STACK_ELEMENTS = 2**25
+"""Factors with more elements than this are not stacked, but iterated on."""
+
+GRAM_SECONDS = 3e-11
+"""Of a multiplication and addition in a Gram matrix, half of which is computed, in float64."""
+
+EIGEN_SECONDS = 3e-10
+"""Of a k × k eigenvalue problem, divided by k³."""
+
+SUM_SECONDS = 3.5e-11
+"""Of a multiplication and addition in an iteration on factors, with reading them again."""
+
+SUM_PASSES = 6
+"""Passes that an iteration on factors takes, about."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +88,10 @@ class Course:
 def choose_course(rule: RuleSpec, space: SpaceSpec, shape: Shape) -> Course:
     """Return how a target is merged.
 
-    A weighted sum in delta space goes through the core of its stacked factors while that is the
-    least arithmetic; with more adapters than that it is iterated on factor by factor, or, with a
-    short side, formed. What other rules make is formed tile by tile, and iterated on.
+    A weighted sum in delta space goes through the stacked factors while that costs the least: by
+    their Gram matrices, which square the condition and so need twice the precision of what they
+    are made of, or by QR. With more adapters than that it is iterated on factor by factor, or,
+    with a short side, formed. What other rules make is formed tile by tile, and iterated on.
     """
     if space.name == "exact":
         return Course("concatenate")
@@ -84,17 +100,26 @@ def choose_course(rule: RuleSpec, space: SpaceSpec, shape: Shape) -> Course:
     block = shape.rank + OVERSAMPLING
     iterated = Course("krylov", block, _passes(shape, block))
     linear = rule.name == "linear"
-    if linear and _core_pays(shape, block):
-        return Course("core")
+    if linear and shape.total_rank * (shape.m + shape.n) <= STACK_ELEMENTS:
+        if shape.item == DOUBLE:
+            if shape.total_rank <= max(SUM_PASSES * block, shape.small // 8):
+                return Course("core")
+        elif gram_seconds(shape) <= sum_seconds(shape, block):
+            return Course("gram")
     if shape.small <= max(DENSE_SIDE, 4 * block):
         return Course("dense")
     return Course("sum", iterated.block, iterated.passes) if linear else iterated
 
 
-def _core_pays(shape: Shape, block: int) -> bool:
-    """Whether a QR of the stacked factors costs less than some six passes over them."""
+def gram_seconds(shape: Shape) -> float:
+    """Return what the route over Gram matrices takes, about."""
     k = shape.total_rank
-    return k <= max(6 * block, shape.small // 8) and k * (shape.m + shape.n) <= CORE_ELEMENTS
+    return GRAM_SECONDS * (shape.m + shape.n) * k * k + EIGEN_SECONDS * k**3
+
+
+def sum_seconds(shape: Shape, block: int) -> float:
+    """Return what an iteration on factors takes, about."""
+    return SUM_SECONDS * SUM_PASSES * 2 * shape.total_rank * (shape.m + shape.n) * block
 
 
 def _passes(shape: Shape, block: int) -> int:

@@ -10,4 +10,4 @@ from streammerge.rules.tile import Tile
 
 def dare_linear(tile: Tile) -> torch.Tensor:
     """Return Σ w_i·x_i/density over random elements of each x_i."""
-    return weighted_sum(tile.random, tile.weights)
+    return weighted_sum(tile.random, tile)

@@ -10,4 +10,4 @@ from streammerge.rules.tile import Tile
 
 def dare_ties(tile: Tile) -> torch.Tensor:
     """Return the disjoint mean of random elements of each x_i, rescaled by 1/density."""
-    return disjoint_mean(tile.random, tile.weights, elect(tile.random, tile.majority_sign))
+    return disjoint_mean(tile.random, elect(tile.random, tile), tile)

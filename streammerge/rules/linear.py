@@ -10,4 +10,4 @@ from streammerge.rules.tile import Tile
 
 def linear(tile: Tile) -> torch.Tensor:
     """Return Σ w_i·x_i."""
-    return weighted_sum(tile.tensors, tile.weights)
+    return weighted_sum(tile.tensors, tile)

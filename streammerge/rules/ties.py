@@ -10,4 +10,4 @@ from streammerge.rules.tile import Tile
 
 def ties(tile: Tile) -> torch.Tensor:
     """Return the disjoint mean of the int(density·numel) largest of each x_i."""
-    return disjoint_mean(tile.largest, tile.weights, elect(tile.largest, tile.majority_sign))
+    return disjoint_mean(tile.largest, elect(tile.largest, tile), tile)

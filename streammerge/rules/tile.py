@@ -28,3 +28,7 @@ class Tile:
     weights: Sequence[float]
     majority_sign: str
     """"total": the sign of the sum; "frequency": the sign that more of them have."""
+    out: torch.Tensor
+    """Where the answer goes. All tensors of a tile are flat and of this size."""
+    spare: Callable[[int], torch.Tensor]
+    """Returns the rule's k-th buffer, uninitialised; the catalog says how many there are."""

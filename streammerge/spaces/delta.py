@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -18,3 +20,37 @@ def delta_tile(
     """
     torch.mm(b_rows, a, out=out)
     return out.mul_(scaling)
+
+
+def delta_sample(b_rows: torch.Tensor, a: torch.Tensor, scaling: float, count: int) -> torch.Tensor:
+    """Return some elements of (b_rows·A)·scaling, flat: all rows and columns in turn.
+
+    Args:
+        b_rows: h × r.
+        a: r × n.
+        scaling: the adapter's alpha/r.
+        count: elements wanted; all of them are returned where they are no more.
+    """
+    rows, columns = len(b_rows), a.shape[1]
+    if rows * columns <= count:
+        return delta_tile(b_rows, a, scaling, out=b_rows.new_empty(rows, columns)).view(-1)
+    # Each row meets another column every time it comes round.
+    step, shift = _coprime(columns, 0.6180339887), _coprime(columns, 0.7548776662)
+    parts = []
+    for places in torch.split(torch.arange(count, device=a.device), SAMPLE_PART):
+        column = (places * step + places // rows * shift) % columns
+        products = b_rows[places % rows].mT.mul_(a[:, column])
+        parts.append(products.sum(0).mul_(scaling))
+    return torch.cat(parts)
+
+
+SAMPLE_PART = 1 << 13
+"""Elements of a sample that are taken at once."""
+
+
+def _coprime(count: int, share: float) -> int:
+    """Return a step of about a share of `count`, by which all places are visited."""
+    step = max(1, round(count * share))
+    while math.gcd(step, count) > 1:
+        step += 1
+    return step

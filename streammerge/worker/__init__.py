@@ -1,12 +1,14 @@
 """The worker: the one place that holds bytes and maths together, and that touches a device."""
 
 from streammerge.worker.job import Job, find_device, fingerprint, measure_process, one_thread_each
+from streammerge.worker.lanes import Lanes
 from streammerge.worker.receipt import Certificate, Receipt
 from streammerge.worker.run import run_task
 
 __all__ = [
     "Certificate",
     "Job",
+    "Lanes",
     "Receipt",
     "find_device",
     "fingerprint",

@@ -14,7 +14,7 @@ import xxhash
 from streammerge.adapter import TORCH_NAMES, Factor
 from streammerge.draw import stream_key
 from streammerge.errors import NonFiniteError
-from streammerge.plans import Task
+from streammerge.plans import Task, flat_tiles
 from streammerge.readers.windows import Window
 from streammerge.worker.job import Job
 
@@ -48,19 +48,24 @@ class FactorReader:
         Raises:
             NonFiniteError: one of them is NaN or infinite.
         """
-        size = self._stored.itemsize
-        offset, nbytes = self.factor.offset + start * size, (stop - start) * size
-        window = self._window(self.factor.file, offset, nbytes)
-        if start == self._hashed:
-            self._hash.update(window.data)
-            self._hashed = stop
+        stored = self._stored_at(start, stop)
         values = self.new_empty((stop - start,)) if out is None else out[: stop - start]
-        stored = _view(window, self._stored)
         values.copy_(stored)
         # A sum is finite only if all its terms are; it may overflow without them, hence the look.
         if not torch.isfinite(values.sum()):
             self._refuse_non_finite(values, stored)
         return values
+
+    def strided(self, step: int) -> torch.Tensor:
+        """Return every step-th element of each of its tiles, unchecked."""
+        return torch.cat([self._stored_at(*span)[::step] for span in self._tiles()]).to(
+            self._device, self._dtype
+        )
+
+    def hash_all(self) -> None:
+        """Take the checksum of all of it, so that it may be read in any order after that."""
+        for span in self._tiles():
+            self._stored_at(*span)
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Return rows start … stop - 1 as a matrix; what follows the first dimension is one."""
@@ -85,6 +90,19 @@ class FactorReader:
         """xxh3-128 of the stored bytes, all of which have been read in order by now."""
         assert self._hashed == self.factor.elements, f"{self.factor.key}: not read in order"
         return self._hash.hexdigest()
+
+    def _tiles(self) -> list[tuple[int, int]]:
+        return flat_tiles(self.factor.elements)
+
+    def _stored_at(self, start: int, stop: int) -> torch.Tensor:
+        """Return elements start … stop - 1 as they are stored, read-only; hash what is new."""
+        size = self._stored.itemsize
+        offset, nbytes = self.factor.offset + start * size, (stop - start) * size
+        window = self._window(self.factor.file, offset, nbytes)
+        if start == self._hashed:
+            self._hash.update(window.data)
+            self._hashed = stop
+        return _view(window, self._stored)
 
     def _refuse_non_finite(self, values: torch.Tensor, stored: torch.Tensor) -> None:
         places = (~torch.isfinite(values)).nonzero().view(-1)

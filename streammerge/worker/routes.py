@@ -11,9 +11,11 @@ import torch
 
 from streammerge.draw import stream_key
 from streammerge.errors import ClampError, OutputOverflowError
+from streammerge.kernels.each import Each, Pool
+from streammerge.kernels.grams import truncate_by_grams
 from streammerge.kernels.krylov import block_krylov
 from streammerge.kernels.matrices import Addend, FactorSum, TiledMatrix, dense
-from streammerge.kernels.tiles import Operands, hold_tiles, merged_tiles
+from streammerge.kernels.tiles import HeldTiles, MergedTiles, Operands
 from streammerge.lowrank import (
     Truncation,
     balanced_pair,
@@ -25,7 +27,8 @@ from streammerge.lowrank import (
 from streammerge.output.scratch import ScratchFile
 from streammerge.output.writer import RegionWriter
 from streammerge.plans import Task, factor_rows, flat_tiles, row_tiles
-from streammerge.spaces.delta import delta_tile
+from streammerge.select import SAMPLE
+from streammerge.spaces.delta import delta_sample, delta_tile
 from streammerge.spaces.exact import stack_weights
 from streammerge.spaces.factor import factor_weights
 from streammerge.worker.factors import FactorReader, TargetSources
@@ -49,6 +52,8 @@ class Work:
     device: torch.device
     a: RegionWriter
     b: RegionWriter
+    each: Each
+    """Goes over parts of the target, several at once where the task has the cores."""
 
     @property
     def stack_weights(self) -> list[float]:
@@ -69,7 +74,7 @@ def merge_target(work: Work) -> Certificate | None:
     if route == "fold":
         _fold(work)
         return None
-    triples = {"core": _core, "sum": _sum}.get(route, _stream)(work)
+    triples = {"core": _core, "gram": _gram, "sum": _sum}.get(route, _stream)(work)
     return _write_pair(work, triples)
 
 
@@ -91,20 +96,56 @@ def _fold(work: Work) -> None:
     sides = (("A", sources.a, work.a), ("B", sources.b, work.b))
     for (side, readers, writer), side_weights in zip(sides, weights, strict=True):
         spans = flat_tiles(readers[0].factor.elements)
+        if len(spans) > 1:
+            _hash(readers)  # tiles are read in any order
         operands = Operands(
             spans=spans,
             fill=_factor_tiles(readers, spans),
+            sample=_factor_samples(readers),
             new_buffer=_new_buffer(readers[0]),
             keys=sources.keys(job, work.task.target, side),
             weights=side_weights,
         )
-        tile_at = merged_tiles(operands, job.options, stacked=work.task.stacked)
-        for t in range(len(spans)):
-            _write(job, writer, tile_at(t))
+        merged = MergedTiles(operands, job.options, stacked=work.task.stacked, each=work.each)
+        for tile in work.each(_cast_tiles(job, merged, operands, writer), range(len(spans))):
+            writer.append(_bytes_of(tile))
+
+
+def _cast_tiles(
+    job: Job, merged: MergedTiles, operands: Operands, writer: RegionWriter
+) -> Callable[[int], torch.Tensor]:
+    """Return the function from a tile's number to the tile as it is written."""
+    buffers = Pool(lambda: operands.new_buffer(operands.largest_tile))
+
+    def tile(t: int) -> torch.Tensor:
+        with buffers.lend() as buffer:
+            cast = _cast(job, writer, merged(t, buffer))
+            # A copy, where the dtype is the same: the buffer is lent to the next tile.
+            return cast.clone() if cast.data_ptr() == buffer.data_ptr() else cast
+
+    return tile
 
 
 def _factor_tiles(readers: Sequence[FactorReader], spans: Spans) -> Fill:
     return lambda i, t, buffer: readers[i].elements(*spans[t], out=buffer)
+
+
+def _factor_samples(readers: Sequence[FactorReader]) -> Callable[[int], torch.Tensor]:
+    """Return the function that returns every so many-th element of factor i."""
+
+    def sample(i: int) -> torch.Tensor:
+        factor, width = readers[i].factor, readers[i].matrix_shape[1]
+        step = max(1, factor.elements // SAMPLE)
+        while math.gcd(step, width) > 1:  # else some columns would never be seen
+            step += 1
+        return readers[i].strided(step)
+
+    return sample
+
+
+def _hash(readers: Sequence[FactorReader]) -> None:
+    for reader in readers:
+        reader.hash_all()
 
 
 def _new_buffer(reader: FactorReader) -> Callable[[int], torch.Tensor]:
@@ -112,11 +153,24 @@ def _new_buffer(reader: FactorReader) -> Callable[[int], torch.Tensor]:
 
 
 def _core(work: Work) -> Truncation:
-    """Return the triples of Σ w_i·Δ_i from the stacked factors, without forming it."""
+    """Return the triples of Σ w_i·Δ_i from the stacked factors, by QR, without forming it."""
+    return truncate_product(*_stacks(work), work.task.rank)
+
+
+def _gram(work: Work) -> Truncation:
+    """Return the triples of Σ w_i·Δ_i from the stacked factors' Gram matrices."""
+    return truncate_by_grams(*_stacks(work), work.task.rank, work.each)
+
+
+def _stacks(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scaled B's side by side (m × k) and the A's one below the other (k × n)."""
     sources, task, q = work.sources, work.task, work.stack_weights
-    b = _stack(sources.b, (task.m, -1), q)
-    a = _stack(sources.a, (-1, task.n), [1.0] * len(q))
-    return truncate_product(b, a, task.rank)
+    stacks = work.each(
+        lambda side: _stack(*side),
+        [(sources.b, (task.m, -1), q), (sources.a, (-1, task.n), [1.0] * len(q))],
+    )
+    b, a = stacks
+    return b, a
 
 
 def _stack(
@@ -147,41 +201,70 @@ def _sum(work: Work) -> Truncation:
     ]
     task = work.task
     start, probes = _gaussian(work, "krylov", task.block), _gaussian(work, "probes", PROBES)
-    return block_krylov(FactorSum(addends, task.m, probes), task.rank, start, task.passes)
+    total = FactorSum(addends, task.m, probes, work.each)
+    return block_krylov(total, task.rank, start, task.passes)
 
 
 def _stream(work: Work) -> Truncation:
     """Return the triples of a matrix that a rule makes, tile by tile, from the deltas."""
     job, task, sources = work.job, work.task, work.sources
     rows = row_tiles(task.m, task.n)
+    _hash(sources.b)  # tiles are made in any order
+    kept = list(work.each(lambda reader: reader.whole(), sources.a[: task.factors]))
     operands = Operands(
         spans=[(start * task.n, stop * task.n) for start, stop in rows],
-        fill=_delta_tiles(sources, rows, task),
+        fill=_delta_tiles(sources, kept, rows, task),
+        sample=_delta_samples(sources, kept),
         new_buffer=_new_buffer(sources.a[0]),
         keys=sources.keys(job, task.target, "delta"),
         weights=sources.weights,
     )
-    tile_at = merged_tiles(operands, job.options, stacked=task.stacked)
+    merged = MergedTiles(operands, job.options, stacked=task.stacked, each=work.each)
     if task.route == "dense":
-        return dense(tile_at, rows, task.rank)
+        matrix = sources.a[0].new_empty((task.m, task.n))
+        return dense(matrix, merged, rows, task.rank, work.each)
     start = _gaussian(work, "krylov", task.block)
     with closing(SpilledTiles(work)) if task.spilled else nullcontext() as store:
-        held = hold_tiles(tile_at, task.resident, store, task.spilled)
-        return block_krylov(TiledMatrix(held, rows), task.rank, start, task.passes)
+        held = HeldTiles(merged, task.resident, store, task.spilled)
+        tiled = TiledMatrix(
+            held, rows, lambda: operands.new_buffer(operands.largest_tile), work.each
+        )
+        return block_krylov(tiled, task.rank, start, task.passes)
 
 
-def _delta_tiles(sources: TargetSources, rows: Spans, task: Task) -> Fill:
+def _delta_tiles(
+    sources: TargetSources, kept: Sequence[torch.Tensor], rows: Spans, task: Task
+) -> Fill:
     """Return the function that puts tile t of delta i into a buffer."""
-    kept = [reader.whole() for reader in sources.a[: task.factors]]
 
     def fill(i: int, t: int, buffer: torch.Tensor) -> torch.Tensor:
         start, stop = rows[t]
         a = kept[i] if i < len(kept) else sources.a[i].whole()
         b = sources.b[i].rows(start, stop)
-        out = buffer[: (stop - start) * task.n].view(stop - start, task.n)
-        return delta_tile(b, a, sources.scalings[i], out=out)
+        out = buffer[: (stop - start) * task.n]
+        delta_tile(b, a, sources.scalings[i], out=out.view(stop - start, task.n))
+        return out
 
     return fill
+
+
+def _delta_samples(
+    sources: TargetSources, kept: Sequence[torch.Tensor]
+) -> Callable[[int], torch.Tensor]:
+    """Return the function that returns elements of delta i, spread over all rows and columns."""
+
+    def sample(i: int) -> torch.Tensor:
+        a = kept[i] if i < len(kept) else sources.a[i].whole()
+        b = sources.b[i]
+        tiles = factor_rows(*b.matrix_shape)
+        return torch.cat(
+            [
+                delta_sample(b.rows(*rows), a, sources.scalings[i], SAMPLE // len(tiles))
+                for rows in tiles
+            ]
+        )
+
+    return sample
 
 
 class SpilledTiles:
@@ -193,26 +276,29 @@ class SpilledTiles:
         self._file = ScratchFile(scratch)
         self._rows = row_tiles(work.task.m, work.task.n)
         self._n = work.task.n
-        self._dtype = work.job.dtype
-        self._device = work.device
+        self._item = work.job.dtype.itemsize
 
     def put(self, t: int, tile: torch.Tensor) -> None:
-        """Store tile `t`."""
-        self._file.write(_bytes_of(tile.cpu()), self._offset(t))
+        """Store tile `t`, flat."""
+        self._file.write(_bytes_of(tile), self._offset(t))
 
-    def get(self, t: int) -> torch.Tensor:
-        """Return tile `t` as it was stored."""
+    def get(self, t: int, out: torch.Tensor) -> torch.Tensor:
+        """Read tile `t` as it was stored into the head of a flat buffer and return it."""
         start, stop = self._rows[t]
-        tile = torch.empty(stop - start, self._n, dtype=self._dtype)
-        self._file.read(_bytes_of(tile), self._offset(t))
-        return tile.to(self._device)
+        tile = out[: (stop - start) * self._n]
+        if tile.device.type == "cpu":
+            self._file.read(_bytes_of(tile), self._offset(t))
+            return tile
+        stored = torch.empty(tile.shape, dtype=tile.dtype)
+        self._file.read(_bytes_of(stored), self._offset(t))
+        return tile.copy_(stored)
 
     def close(self) -> None:
         """Free the disk."""
         self._file.close()
 
     def _offset(self, t: int) -> int:
-        return self._rows[t][0] * self._n * self._dtype.itemsize
+        return self._rows[t][0] * self._n * self._item
 
 
 def _gaussian(work: Work, purpose: str, columns: int) -> torch.Tensor:
@@ -276,7 +362,12 @@ def _certify(triples: Truncation, rounding: float) -> Certificate:
 
 
 def _write(job: Job, writer: RegionWriter, values: torch.Tensor) -> None:
-    """Cast values to the output's dtype and append them to a region.
+    """Cast values to the output's dtype and append them to a region."""
+    writer.append(_bytes_of(_cast(job, writer, values)))
+
+
+def _cast(job: Job, writer: RegionWriter, values: torch.Tensor) -> torch.Tensor:
+    """Return values in the output's dtype.
 
     Raises:
         OutputOverflowError: one of them does not fit.
@@ -292,9 +383,9 @@ def _write(job: Job, writer: RegionWriter, values: torch.Tensor) -> None:
             raise OutputOverflowError(
                 tensor=writer.name, value=float(wrong.abs().max()), dtype=job.plan.dtype
             )
-    writer.append(_bytes_of(cast.cpu()))
+    return cast
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """Return the memory of a contiguous tensor on the CPU."""
-    return memoryview(tensor.view(torch.uint8).numpy().data).cast("B")
+    """Return the memory of a contiguous tensor, of its copy where it lies on a device."""
+    return memoryview(tensor.cpu().view(torch.uint8).numpy().data).cast("B")

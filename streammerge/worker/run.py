@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from streammerge.errors import ComputeOverflowError, MemoryExhaustedError
+from streammerge.kernels.each import Each
 from streammerge.plans import Task
 from streammerge.worker.factors import TargetSources
 from streammerge.worker.job import Job
@@ -24,11 +25,16 @@ _LINALG_ERROR: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[att
 _CPU = torch.device("cpu")
 
 
-def run_task(job: Job, task: Task) -> Receipt:
+def run_task(job: Job, task: Task, each: Each = map) -> Receipt:
     """Merge one target and write its regions.
 
     Out of device memory, the task is tried again with nothing held but what it cannot do
     without, and then on the CPU; the receipt says where it was done.
+
+    Args:
+        job: what it belongs to.
+        task: the target.
+        each: goes over parts of it, as many at once as the task was planned with.
 
     Raises:
         MergeFailedError: a subclass of it says what failed.
@@ -39,7 +45,7 @@ def run_task(job: Job, task: Task) -> Receipt:
         torch.set_num_threads(1)
     for device, attempt in _attempts(job.device, task):
         try:
-            receipt = _run_on(device, job, attempt)
+            receipt = _run_on(device, job, attempt, each)
         except torch.OutOfMemoryError as error:
             failure = error
             continue
@@ -59,7 +65,7 @@ def run_task(job: Job, task: Task) -> Receipt:
 
 def _attempts(device: torch.device, task: Task) -> Iterator[tuple[torch.device, Task]]:
     """Yield where and how a task is tried, with less memory each time."""
-    lean = replace(task, resident=0, spilled=0, factors=0, stacked=False)
+    lean = replace(task, resident=0, spilled=0, factors=0, stacked=False, lanes=1)
     yield device, task
     if lean != task:
         yield device, lean
@@ -67,10 +73,10 @@ def _attempts(device: torch.device, task: Task) -> Iterator[tuple[torch.device, 
         yield _CPU, lean
 
 
-def _run_on(device: torch.device, job: Job, task: Task) -> Receipt:
+def _run_on(device: torch.device, job: Job, task: Task, each: Each) -> Receipt:
     sources = TargetSources(job, task, device)
     with torch.inference_mode(), job.writer(task.a) as a, job.writer(task.b) as b:
-        certificate = merge_target(Work(job, task, sources, device, a, b))
+        certificate = merge_target(Work(job, task, sources, device, a, b, each))
     return Receipt(
         target=task.target,
         checksums=(a.checksum, b.checksum),

@@ -1,0 +1,106 @@
+"""The truncated SVD of a product of factors from their Gram matrices."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn.functional import pad
+
+from streammerge.kernels.each import Each
+from streammerge.lowrank import NOISE, Truncation
+from streammerge.plans import GRAM_BLOCK, GRAM_ROWS, split
+
+
+def truncate_by_grams(b: torch.Tensor, a: torch.Tensor, rank: int, each: Each) -> Truncation:
+    """Return the leading `rank` triples of B·A without forming it, nor an orthogonal basis.
+
+    With BᵀB = L·Lᵀ and LᵀAAᵀL = Y·Σ²·Yᵀ: V = Aᵀ·L·Y/Σ and U = B·AAᵀ·L·Y/Σ². All of it in float64:
+    a Gram matrix squares the condition, which is more than float32 factors can make of it.
+
+    Args:
+        b: m × k, float32.
+        a: k × n, float32.
+        rank: of the result; zero triples fill it up where B·A has a smaller one.
+        each: goes over the blocks.
+    """
+    gram_b, gram_a = (gram(factor, each) for factor in (b, a.mT))
+    triangle = _triangle(gram_b)
+    squares, y = torch.linalg.eigh(triangle.mT @ gram_a @ triangle)
+    squares, y = squares.flip(0), y.flip(1)
+    scale = float(gram_b.trace()) * float(gram_a.trace())
+    if not math.isfinite(scale + float(squares.sum())):
+        raise FloatingPointError("a merged matrix overflows: its norm is not finite")
+    # Below this an eigenvalue is rounding.
+    squares[squares <= len(squares) * torch.finfo(squares.dtype).eps * scale] = 0.0
+    energy = float(squares.sum())
+    if energy <= (NOISE * torch.finfo(b.dtype).eps) ** 2 * scale:
+        # What is left of terms that cancel is rounding, and no part of it is better than another.
+        squares, energy = torch.zeros_like(squares), 0.0
+    kept = min(rank, int(torch.count_nonzero(squares)))
+    s = squares[:kept].sqrt()
+    inner = triangle @ y[:, :kept]
+    u = multiply(b, gram_a @ inner / squares[:kept], each)
+    v = multiply(a.mT, inner / s, each)
+    return Truncation(
+        u=pad(u, (0, rank - kept)),
+        s=pad(s, (0, rank - kept)),
+        v=pad(v, (0, rank - kept)),
+        energy=energy,
+        lost=float(squares[kept:].sum()),
+    )
+
+
+def gram(x: torch.Tensor, each: Each) -> torch.Tensor:
+    """Return xᵀ·x of an l × k matrix, in float64, block by block of one half of it."""
+    width = x.shape[1]
+    blocks = split(width, max(GRAM_BLOCK, -(-width // 4)))
+    pairs = [(i, j) for i in range(len(blocks)) for j in range(i, len(blocks))]
+
+    def product(pair: tuple[int, int]) -> torch.Tensor:
+        left, right = (x[:, slice(*blocks[index])] for index in pair)
+        total = x.new_zeros(left.shape[1], right.shape[1], dtype=torch.float64)
+        for start, stop in split(len(x), GRAM_ROWS):
+            wide = left[start:stop].double()
+            other = wide if pair[0] == pair[1] else right[start:stop].double()
+            total.addmm_(wide.mT, other)
+        return total
+
+    result = x.new_empty(width, width, dtype=torch.float64)
+    for (i, j), part in zip(pairs, each(product, pairs), strict=True):
+        result[slice(*blocks[i]), slice(*blocks[j])] = part
+        result[slice(*blocks[j]), slice(*blocks[i])] = part.mT
+    return result
+
+
+def multiply(x: torch.Tensor, weights: torch.Tensor, each: Each) -> torch.Tensor:
+    """Return x·weights, taken in float64, in x's dtype."""
+    result = x.new_empty(len(x), weights.shape[1])
+
+    def rows(span: tuple[int, int]) -> None:
+        part = x[slice(*span)].double() @ weights
+        result[slice(*span)] = part
+
+    for _ in each(rows, split(len(x), GRAM_ROWS)):
+        pass
+    return result
+
+
+def _triangle(matrix: torch.Tensor) -> torch.Tensor:
+    """Return L with L·Lᵀ = matrix, which is positive semidefinite; L is lower triangular.
+
+    Where it is singular a multiple of the identity, of the size of its rounding, is added.
+    (Fukaya et al. 2020, arXiv 1809.11085.)
+    """
+    shift = 0.0
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    while True:
+        triangle: torch.Tensor
+        triangle, failed = torch.linalg.cholesky_ex(matrix + shift * identity)
+        if not int(failed):
+            return triangle
+        shift = max(10 * shift, torch.finfo(matrix.dtype).eps * float(matrix.trace()))
+        if not math.isfinite(shift):
+            raise FloatingPointError("a merged matrix overflows: its norm is not finite")
+        if shift == 0.0:
+            return torch.zeros_like(matrix)

@@ -1,0 +1,119 @@
+"""Several threads on one target: the same bytes, errors that come through, nothing left running."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import streammerge
+from making import linear, write_adapter
+from streammerge.kernels.grams import truncate_by_grams
+from streammerge.worker import Lanes
+
+METHODS = ("linear", "cat", "svd", "ties", "dare_ties", "ties_svd", "dare_linear_svd")
+
+
+def merged(paths: list[str], output: Path, method: str, **options: object) -> dict[str, bytes]:
+    density = None if method in ("linear", "cat", "svd") else 0.3
+    streammerge.merge(paths, output, method=method, density=density, **options)
+    return {
+        name: (output / name).read_bytes()
+        for name in ("adapter_model.safetensors", "streammerge.json")
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_large_target_is_shared_by_threads(method: str, tmp_path: Path) -> None:
+    """A target that is all of the work; one and three threads give the same bytes."""
+    layers = {"big": linear(1500, 2200, 16), "small": linear(40, 50, 16)}
+    paths = [str(write_adapter(tmp_path / f"in{i}", layers, seed=i)) for i in range(20)]
+    one = merged(paths, tmp_path / "one", method, workers=1)
+    three = merged(paths, tmp_path / "three", method, workers=3)
+    assert one == three
+    density = None if method in ("linear", "cat", "svd") else 0.3
+    plan = streammerge.plan(paths, method=method, density=density, workers=3, max_memory="4GiB")
+    lanes = {task.target: task.lanes for task in plan.tasks}
+    assert lanes["small"] == 1
+    if method in ("svd", "ties_svd", "dare_linear_svd"):
+        assert lanes["big"] == 3
+
+
+@pytest.mark.parametrize("method", ["svd", "ties_svd"])
+def test_many_adapters_are_iterated_on_by_threads(method: str, tmp_path: Path) -> None:
+    """The route over factors, and one with short sides."""
+    layers = {"a": linear(600, 700, 8), "b": linear(600, 60, 8)}
+    paths = [str(write_adapter(tmp_path / f"in{i}", layers, seed=i)) for i in range(90)]
+    outputs = [merged(paths, tmp_path / f"out{n}", method, workers=n, rank=4) for n in (1, 2, 5)]
+    assert outputs[0] == outputs[1] == outputs[2]
+    if method == "svd":
+        plan = streammerge.plan(paths, method=method, rank=4, workers=2)
+        assert plan.tasks[0].route == "sum"
+
+
+def test_results_come_in_order_and_no_more_are_in_hand_than_lanes() -> None:
+    running, most, lock = 0, 0, threading.Lock()
+
+    def work(item: int) -> int:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.002 * (item % 3))
+        with lock:
+            running -= 1
+        return item * item
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(Lanes(pool, 3)(work, range(50))) == [i * i for i in range(50)]
+    assert 2 <= most <= 3
+
+
+def test_a_failure_waits_for_what_is_running_and_comes_through() -> None:
+    ended = []
+
+    def work(item: int) -> int:
+        if item == 1:
+            raise ValueError("here")
+        time.sleep(0.05)
+        ended.append(item)
+        return item
+
+    with ThreadPoolExecutor(4) as pool:
+        with pytest.raises(ValueError, match="here"):
+            list(Lanes(pool, 3)(work, range(9)))
+        before = len(ended)
+        time.sleep(0.1)
+        assert len(ended) == before
+
+
+def test_threads_of_a_pool_use_one_thread_each_and_keep_no_graph() -> None:
+    def look(_: int) -> tuple[int, bool]:
+        return torch.get_num_threads(), torch.is_inference_mode_enabled()
+
+    with ThreadPoolExecutor(2) as pool:
+        assert set(Lanes(pool, 2)(look, range(4))) == {(1, True)}
+
+
+def test_gram_route_gives_the_best_approximation() -> None:
+    """Against the dense SVD in float64, with factors that nearly cancel and one that repeats."""
+    rng = np.random.default_rng(0)
+    b = rng.standard_normal((700, 48)).astype(np.float32)
+    a = rng.standard_normal((48, 900)).astype(np.float32)
+    b[:, 32:] = -b[:, :16] * (1 + 1e-3)
+    a[32:] = a[:16]
+    a[16] = a[17]
+    result = truncate_by_grams(torch.from_numpy(b), torch.from_numpy(a), 24, map)
+    dense = b.astype(np.float64) @ a.astype(np.float64)
+    values = np.linalg.svd(dense, compute_uv=False)
+    pair = (result.u.double() * result.s) @ result.v.double().mT
+    residual = float(np.linalg.norm(dense - pair.numpy()))
+    best = float(np.sqrt((values[24:] ** 2).sum()))
+    assert residual <= best * (1 + 1e-6) + 1e-6 * float(np.linalg.norm(dense))
+    assert abs(result.lost**0.5 - best) <= 1e-6 * float(np.linalg.norm(dense))
+    assert abs(result.energy**0.5 - float(np.linalg.norm(dense))) <= 1e-9 * result.energy**0.5

@@ -1,0 +1,108 @@
+"""Thresholds over streams of tiles: exact, whatever the values, the tiles and the sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streammerge.kernels import thresholds
+from streammerge.kernels.thresholds import Stream, find_threshold
+from streammerge.plans import split
+
+
+def stream_of(x: torch.Tensor, tile: int, sample: torch.Tensor | None = None) -> Stream:
+    """A tensor as a stream of tiles of about so many elements."""
+    spans = split(len(x), tile)
+
+    def tiles(panel: range) -> Iterator[torch.Tensor]:
+        for t in panel:
+            yield x[slice(*spans[t])].clone()
+
+    return Stream(spans, tiles, lambda: x[::3] if sample is None else sample)
+
+
+def pruned(x: torch.Tensor, stream: Stream, density: float) -> torch.Tensor:
+    """The tensor cut at its threshold, tile by tile."""
+    cut = find_threshold(stream, density, map)
+    return torch.cat(
+        [cut.prune_(x[slice(*span)].clone(), t) for t, span in enumerate(stream.spans)]
+    )
+
+
+def expected(x: torch.Tensor, density: float) -> torch.Tensor:
+    """By a stable sort: the largest, and among equals those of the lowest index."""
+    order = np.argsort(-x.abs().numpy(), kind="stable")
+    kept = torch.from_numpy(order[: int(density * len(x))].copy())
+    result = torch.zeros_like(x)
+    result[kept] = x[kept]
+    return result
+
+
+VALUES = {
+    "gaussian": lambda rng, n: rng.standard_normal(n),
+    "bfloat16": lambda rng, n: torch.from_numpy(rng.standard_normal(n)).bfloat16().double().numpy(),
+    "few values": lambda rng, n: rng.integers(-2, 3, n),
+    "all equal": lambda rng, n: rng.choice([-1.5, 1.5], n),
+    "mostly zero": lambda rng, n: rng.standard_normal(n) * (rng.random(n) < 0.05),
+    "sorted": lambda rng, n: np.sort(rng.standard_cauchy(n)),
+    "subnormal": lambda rng, n: rng.standard_normal(n) * 1e-42,
+}
+
+
+@given(
+    kind=st.sampled_from(sorted(VALUES)),
+    count=st.integers(1, 3000),
+    tile=st.integers(1, 700),
+    density=st.floats(0, 1),
+    seed=st.integers(0, 99),
+    double=st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_what_is_kept_is_what_a_sort_keeps(
+    kind: str, count: int, tile: int, density: float, seed: int, double: bool
+) -> None:
+    values = VALUES[kind](np.random.default_rng(seed), count)
+    x = torch.from_numpy(np.asarray(values, np.float64 if double else np.float32))
+    assert torch.equal(pruned(x, stream_of(x, tile), density), expected(x, density))
+
+
+@pytest.mark.parametrize("kind", sorted(VALUES))
+@pytest.mark.parametrize("off", [0.0, 1e-3, 10.0, 1e9])
+def test_a_sample_that_misleads_costs_passes_and_no_more(kind: str, off: float) -> None:
+    x = torch.from_numpy(VALUES[kind](np.random.default_rng(1), 40_000).astype(np.float32))
+    stream = stream_of(x, 1000, sample=x[:500] * off)
+    assert torch.equal(pruned(x, stream, 0.2), expected(x, 0.2))
+
+
+def test_brackets_that_hold_too_much_are_narrowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may be gathered is little: strides, then a narrower bracket, and no digits."""
+    monkeypatch.setattr("streammerge.select.GATHERED", 300)
+    monkeypatch.setattr(thresholds, "_count_digits", None)
+    x = torch.from_numpy(np.random.default_rng(2).standard_normal(200_000).astype(np.float32))
+    assert torch.equal(pruned(x, stream_of(x, 5000), 0.3), expected(x, 0.3))
+
+
+def test_more_equals_than_may_be_gathered_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thresholds, "PANEL_GATHERED", 100)
+    x = torch.from_numpy(VALUES["few values"](np.random.default_rng(3), 50_000).astype(np.float32))
+    assert torch.equal(pruned(x, stream_of(x, 1000), 0.5), expected(x, 0.5))
+
+
+def test_an_ordinary_tensor_takes_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    sift = thresholds._pass
+    monkeypatch.setattr(thresholds, "_pass", lambda *a: passes.append(0) or sift(*a))
+    x = torch.from_numpy(np.random.default_rng(4).standard_normal(300_000).astype(np.float32))
+    find_threshold(stream_of(x, 10_000), 0.2, map)
+    assert len(passes) == 1
+
+
+def test_an_infinite_threshold_is_refused() -> None:
+    x = torch.full((100,), float("inf"))
+    with pytest.raises(FloatingPointError, match="infinite"):
+        find_threshold(stream_of(x, 10), 0.5, map)
