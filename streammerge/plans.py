@@ -51,6 +51,14 @@ def split(length: int, size: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
+def coprime_step(step: int, width: int) -> int:
+    """Return a step of at least this size that comes by every column of a matrix so wide."""
+    step = max(1, step)
+    while math.gcd(step, width) > 1:
+        step += 1
+    return step
+
+
 def row_tiles(m: int, n: int) -> list[tuple[int, int]]:
     """Return the row ranges of an m × n target's tiles. Shape alone decides, never the budget."""
     return split(m, max(MIN_TILE_ROWS, TILE_ELEMENTS // n))
@@ -106,7 +114,7 @@ class Task:
     spilled: int
     """How many of the others lie on scratch disk instead of being computed again."""
     factors: int
-    """Sources whose A is held, converted; those of the others are read again for each tile."""
+    """Sources whose factors are held, converted; the others' are read again for each tile."""
     stacked: bool
     """Whether all sources' tensors of a tile are held while the rule goes over them again."""
     block: int

@@ -102,7 +102,7 @@ def found_value(search: Search, dtype: torch.dtype) -> float:
 
 
 SAMPLE = 1 << 15
-"""Elements of a sample, at least, where there are so many."""
+"""Elements of a sample at most, about."""
 
 GATHERED = 1 << 19
 """Elements of a bracket that are to be gathered in a pass."""
@@ -130,6 +130,11 @@ class Sifted:
     """Elements in it."""
     gathered: Array
     """Of these."""
+
+
+def sample_size(numel: int) -> int:
+    """Return how many elements are to stand for a tensor: few enough to cost little to sort."""
+    return min(SAMPLE, max(SAMPLE // 8, numel // 16))
 
 
 def bracket_sample(sample: Array, share: float, numel: int, *, margin: float) -> Bracket:
@@ -184,16 +189,19 @@ def _stride(expected: float) -> int:
 class Sieve:
     """Sifts tiles with a bracket, in buffers that serve all of them."""
 
-    def __init__(self, bracket: Bracket, size: int, device: torch.device) -> None:
+    def __init__(
+        self, bracket: Bracket, size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         """Make buffers for tiles of up to `size` elements."""
         self._bracket = bracket
+        self._magnitudes = torch.empty(size, dtype=dtype, device=device)
         self._above, self._inside = (
             torch.empty(size, dtype=torch.bool, device=device) for _ in range(2)
         )
 
     def sift(self, x: torch.Tensor) -> Sifted:
-        """Return what a tile holds above and inside the bracket; the tile is used up."""
-        magnitudes = x.view(-1).abs_()
+        """Return what a flat tile holds above and inside the bracket."""
+        magnitudes = torch.abs(x, out=self._magnitudes[: len(x)])
         above, inside = self._above[: len(magnitudes)], self._inside[: len(magnitudes)]
         if magnitudes.device.type == "cpu":
             # numpy compares and looks for places five times as fast as torch does on the CPU.
@@ -215,7 +223,7 @@ def keep_largest_(x: torch.Tensor, value: float, *, equals: int | None) -> torch
     """Set the elements of `x` whose magnitudes lie below a threshold to zero, in place.
 
     Args:
-        x: a contiguous tile.
+        x: a flat tile.
         value: the threshold; negative to keep all, infinite to keep none.
         equals: how many of those equal to it are kept, the lowest flat index first; all when None.
 
@@ -226,16 +234,22 @@ def keep_largest_(x: torch.Tensor, value: float, *, equals: int | None) -> torch
         return x
     if math.isinf(value):
         return x.zero_()
-    if equals is None:
-        # hardshrink keeps what is strictly larger; the next smaller number lets the equals in.
-        below = torch.nextafter(torch.tensor(value, dtype=x.dtype), torch.zeros((), dtype=x.dtype))
-        return _shrink_(x, float(below))
     if equals == 0:
         return _shrink_(x, value)
-    equal = (x.abs() == value).view(-1).nonzero().view(-1)[:equals]
-    kept = x.view(-1)[equal]
-    _shrink_(x, value).view(-1)[equal] = kept
+    # hardshrink keeps what is strictly larger; the next smaller number lets the equals in.
+    kind = np.float64 if x.dtype == torch.float64 else np.float32
+    _shrink_(x, float(np.nextafter(kind(value), kind(0))))
+    if equals is not None:
+        x[equal_places(x, value)[equals:]] = 0.0
     return x
+
+
+def equal_places(x: torch.Tensor, value: float) -> torch.Tensor:
+    """Return where the magnitudes of a flat tile equal a value, as indices."""
+    if x.device.type == "cpu":
+        numbers = x.numpy()
+        return torch.from_numpy(np.flatnonzero((numbers == value) | (numbers == -value)))
+    return ((x == value) | (x == -value)).nonzero().view(-1)
 
 
 def _shrink_(x: torch.Tensor, limit: float) -> torch.Tensor:

@@ -160,7 +160,7 @@ def assert_same(outputs: dict[str, dict[str, bytes]]) -> None:
 
 
 def kept(plan: Plan) -> tuple[int, int, int]:
-    """Of the large target: tiles in memory, tiles on disk, sources whose A is in memory."""
+    """Of the large target: tiles in memory, tiles on disk, sources whose factors are in memory."""
     task = next(task for task in plan.tasks if task.target == LARGE)
     return task.resident, task.spilled, task.factors
 
@@ -181,7 +181,7 @@ def test_same_bytes(kind: str, method: str, saved: Saved, disk: str, tmp_path: P
     adapters, options = saved(kind), options_for(method)
     tile = max(heights(LARGE)) * TARGETS[LARGE].a[1] * 4
     least, pages = least_room(adapters, options), 2 * PAGE_BYTES
-    factors = 3 * 6 * TARGETS[LARGE].a[1] * 4
+    factors = 3 * 6 * (TARGETS[LARGE].a[1] + TARGETS[LARGE].b[0]) * 4
     stack = 2 * tile if RULES[METHODS[method].rule].sweeps > 1 else 0
     settings = {
         "small": Setting(least),

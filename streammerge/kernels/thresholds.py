@@ -18,6 +18,7 @@ from streammerge.select import (
     Sifted,
     bracket_sample,
     digits,
+    equal_places,
     found_value,
     keep_largest_,
     narrow,
@@ -59,8 +60,7 @@ class Stream:
     spans: Sequence[tuple[int, int]]
     """Each tile's range of flat indices, in order."""
     tiles: Callable[[range], Iterator[torch.Tensor]]
-    """Yields the tiles of a range, contiguous, each in a buffer of which the caller may dispose
-    until the next one."""
+    """Yields the tiles of a range, flat; each holds its values until the next one."""
     sample: Callable[[], torch.Tensor]
     """Returns some elements that stand for all, or all where they are few."""
 
@@ -146,7 +146,7 @@ def _pass(stream: Stream, bracket: Bracket, each: Each) -> list[Sifted] | None:
         sieve: Sieve | None = None
         found, gathered = [], 0
         for tile in stream.tiles(panel):
-            sieve = sieve or Sieve(bracket, stream.largest_tile, tile.device)
+            sieve = sieve or Sieve(bracket, stream.largest_tile, tile.dtype, tile.device)
             found.append(sieve.sift(tile))
             gathered += len(found[-1].gathered)
             if gathered > PANEL_GATHERED:
@@ -187,7 +187,7 @@ def _count_digits(stream: Stream, keep: int, each: Each) -> Threshold:
         return Threshold(value)
 
     def count_equals(panel: range) -> list[int]:
-        return [int(torch.count_nonzero(x.abs_() == value)) for x in stream.tiles(panel)]
+        return [len(equal_places(x, value)) for x in stream.tiles(panel)]
 
     parts = each(count_equals, panels(len(stream.spans)))
     return _cut_equals(value, [n for part in parts for n in part], search.remaining)

@@ -13,7 +13,9 @@ from streammerge.catalog import RULES, Sparsity
 from streammerge.draw import Drawer
 from streammerge.kernels.each import Each, Pool
 from streammerge.kernels.thresholds import Stream, Threshold, find_threshold
+from streammerge.plans import coprime_step
 from streammerge.rules import FUNCTIONS, Tile
+from streammerge.select import sample_size
 
 TileAt = Callable[[int, torch.Tensor], torch.Tensor]
 """From a tile's number and a flat buffer that is large enough to the flat tile, in the buffer."""
@@ -29,6 +31,8 @@ class Operands:
     """Puts tile t of tensor i into a flat buffer that is large enough, and returns it, flat."""
     sample: Callable[[int], torch.Tensor]
     """Returns elements that stand for tensor i."""
+    width: int
+    """Columns of the tensors."""
     new_buffer: Callable[[int], torch.Tensor]
     """Returns a flat buffer for so many elements."""
     keys: Sequence[int]
@@ -76,8 +80,11 @@ class MergedTiles:
         self._options = options
         self._stacked = stacked
         self._workspaces = Pool(lambda: _Workspace(operands))
+        rule = RULES[options.rule]
         self._thresholds: list[Threshold] = []
-        if RULES[options.rule].sparsity == "largest":
+        # A tensor of one tile is read once: its threshold is found when it is there.
+        there = len(operands.spans) == 1 and (stacked or rule.sweeps == 1)
+        if rule.sparsity == "largest" and not there:
             self._thresholds = [
                 find_threshold(self._stream(i), options.density, each) for i in range(len(operands))
             ]
@@ -119,13 +126,20 @@ class MergedTiles:
         for i in range(len(self._operands)):
             x = self._operands.fill(i, t, space.incoming(i if self._stacked else 0))
             if kept == "largest":
-                x = self._thresholds[i].prune_(x, t)
+                x = self._threshold(i, x).prune_(x, t)
             elif kept == "random":
                 x = self._drop_(space, i, t, x)
             made.append(x)
             yield x
         if self._stacked:
             space.stack = (kept, made)
+
+    def _threshold(self, i: int, tile: torch.Tensor) -> Threshold:
+        if self._thresholds:
+            return self._thresholds[i]
+        step = coprime_step(len(tile) // sample_size(len(tile)), self._operands.width)
+        whole = Stream(self._operands.spans, lambda _: iter((tile,)), lambda: tile[::step])
+        return find_threshold(whole, self._options.density, map)
 
     def _drop_(self, space: _Workspace, i: int, t: int, x: torch.Tensor) -> torch.Tensor:
         """Keep random elements at the rate of the density, and divide them by it."""

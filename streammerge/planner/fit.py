@@ -189,7 +189,7 @@ def _lanes(draft: Draft, rule: RuleSpec, limits: Limits, room: int) -> int:
 
 
 def _hold(draft: Draft, rule: RuleSpec, room: int, lanes: int) -> Holding:
-    """Return what a streamed task keeps in memory: first A's, then tiles, as many as fit."""
+    """Return what a streamed task keeps in memory: first factors, then tiles, as many as fit."""
     shape = draft.shape
     if draft.course.route not in ("fold", "dense", "krylov"):
         return Holding(lanes=lanes)
@@ -207,8 +207,8 @@ def _hold(draft: Draft, rule: RuleSpec, room: int, lanes: int) -> Holding:
 
 
 def _held_factors(shape: Shape, room: int) -> int:
-    """Return of how many sources the A fits into `room` bytes."""
-    sizes = np.cumsum(shape.ranks) * shape.n * shape.item
+    """Return of how many sources the factors fit into `room` bytes."""
+    sizes = np.cumsum(shape.ranks) * (shape.m + shape.n) * shape.item
     return int(np.searchsorted(sizes, room, side="right"))
 
 

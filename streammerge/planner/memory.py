@@ -37,7 +37,7 @@ class Holding:
     tiles: int = 0
     """Tiles of the merged matrix."""
     factors: int = 0
-    """Sources whose A is kept, in the compute dtype."""
+    """Sources whose factors are kept, in the compute dtype."""
     stacked: bool = False
     """Whether a tile of every source is kept between a rule's sweeps."""
     lanes: int = 1
@@ -50,8 +50,8 @@ def tile_bytes(shape: Shape) -> int:
 
 
 def factor_bytes(shape: Shape, count: int) -> int:
-    """Bytes of the `count` first A's in the compute dtype."""
-    return sum(shape.ranks[:count]) * shape.n * shape.item
+    """Bytes of the `count` first sources' factors in the compute dtype."""
+    return sum(shape.ranks[:count]) * (shape.m + shape.n) * shape.item
 
 
 def project(course: Course, rule: RuleSpec, shape: Shape, holding: Holding) -> int:
@@ -125,9 +125,9 @@ def _sum(shape: Shape, course: Course, lanes: int) -> int:
 
 
 def _streamed(rule: RuleSpec, shape: Shape, holding: Holding) -> int:
-    """What is kept, one more A as it is read, and the buffers of a tile in the making."""
+    """What is kept, one more A as it is read, or B, and the buffers of a tile in the making."""
     rows, rank = longest(row_tiles(shape.m, shape.n)), max(shape.ranks)
-    incoming = rank * (shape.n + rows) * (shape.item + shape.stored_item)
+    incoming = rank * (max(shape.m, shape.n) + rows) * (shape.item + shape.stored_item)
     kept = holding.tiles * tile_bytes(shape) + factor_bytes(shape, holding.factors)
     tiles = len(row_tiles(shape.m, shape.n)), rows * shape.n
     return kept + holding.lanes * incoming + _rule(rule, shape, tiles, holding)

@@ -23,7 +23,10 @@ MAX_OPEN_FILES = 64
 
 Bytes = npt.NDArray[np.uint8]
 Window = Callable[[TensorFile, int, int], Bytes]
-"""From a file, an offset and a number of bytes to these bytes, read-only."""
+"""From a file, an offset and a number of bytes to these bytes, read-only; the thread's next window
+may take their place."""
+
+PAGE_BYTES = mmap.PAGESIZE
 
 
 class OpenFiles:
@@ -82,19 +85,38 @@ def mapped(files: OpenFiles) -> Window:
 
 
 def pread(files: OpenFiles) -> Window:
-    """Return windows that are read into memory of their own.
+    """Return windows that are read into memory of their own, the smaller ones into a buffer that
+    serves the next one of the same thread too.
 
     For network file systems, for limits on the address space, and for inputs that may be
     truncated under the run, which no map survives.
     """
+    kept = threading.local()
 
     def window(file: TensorFile, offset: int, nbytes: int) -> Bytes:
-        read = np.empty(nbytes, np.uint8)
+        if nbytes > REUSED_BYTES:
+            read = _aligned(nbytes)
+        else:
+            if not hasattr(kept, "buffer"):
+                kept.buffer = _aligned(REUSED_BYTES)
+            read = kept.buffer[:nbytes]
         with files.descriptor(file) as descriptor:
             _fill(descriptor, file, memoryview(read.data), offset)
         return read
 
     return window
+
+
+REUSED_BYTES = 1024**2
+"""Size of the buffer that each thread keeps for what it reads."""
+
+
+def _aligned(nbytes: int) -> Bytes:
+    """Return memory that begins at a page: the system copies to other places at a quarter of the
+    speed."""
+    whole = np.empty(nbytes + PAGE_BYTES, np.uint8)
+    start = -whole.ctypes.data % PAGE_BYTES
+    return whole[start : start + nbytes]
 
 
 def _fill(descriptor: int, file: TensorFile, into: memoryview, offset: int) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
+
+from streammerge.plans import coprime_step
 
 
 def delta_tile(
@@ -35,7 +35,7 @@ def delta_sample(b_rows: torch.Tensor, a: torch.Tensor, scaling: float, count: i
     if rows * columns <= count:
         return delta_tile(b_rows, a, scaling, out=b_rows.new_empty(rows, columns)).view(-1)
     # Each row meets another column every time it comes round.
-    step, shift = _coprime(columns, 0.6180339887), _coprime(columns, 0.7548776662)
+    step, shift = (coprime_step(round(columns * share), columns) for share in (0.618, 0.755))
     parts = []
     for places in torch.split(torch.arange(count, device=a.device), SAMPLE_PART):
         column = (places * step + places // rows * shift) % columns
@@ -46,11 +46,3 @@ def delta_sample(b_rows: torch.Tensor, a: torch.Tensor, scaling: float, count: i
 
 SAMPLE_PART = 1 << 13
 """Elements of a sample that are taken at once."""
-
-
-def _coprime(count: int, share: float) -> int:
-    """Return a step of about a share of `count`, by which all places are visited."""
-    step = max(1, round(count * share))
-    while math.gcd(step, count) > 1:
-        step += 1
-    return step

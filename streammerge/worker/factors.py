@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,15 +53,14 @@ class FactorReader:
         values = self.new_empty((stop - start,)) if out is None else out[: stop - start]
         values.copy_(stored)
         # A sum is finite only if all its terms are; it may overflow without them, hence the look.
-        if not torch.isfinite(values.sum()):
+        if not math.isfinite(float(values.sum())):
             self._refuse_non_finite(values, stored)
         return values
 
     def strided(self, step: int) -> torch.Tensor:
         """Return every step-th element of each of its tiles, unchecked."""
-        return torch.cat([self._stored_at(*span)[::step] for span in self._tiles()]).to(
-            self._device, self._dtype
-        )
+        parts = [self._stored_at(*span)[::step].to(self._dtype) for span in self._tiles()]
+        return torch.cat(parts).to(self._device)
 
     def hash_all(self) -> None:
         """Take the checksum of all of it, so that it may be read in any order after that."""

@@ -22,8 +22,8 @@ from streammerge.readers.windows import Bytes, OpenFiles, mapped, pread
 _M_MMAP_THRESHOLD = -3
 """mallopt(3)."""
 
-MAPPED_BYTES = 256 * 1024
-"""Tensors of at least this size are mapped."""
+MAPPED_BYTES = 4 * 1024**2
+"""Tensors of at least this size are mapped: larger ones than the tiles, which come and go."""
 
 
 class TaskStoppedError(Exception):

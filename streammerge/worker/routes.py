@@ -26,8 +26,8 @@ from streammerge.lowrank import (
 )
 from streammerge.output.scratch import ScratchFile
 from streammerge.output.writer import RegionWriter
-from streammerge.plans import Task, factor_rows, flat_tiles, row_tiles
-from streammerge.select import SAMPLE
+from streammerge.plans import Task, coprime_step, factor_rows, flat_tiles, row_tiles
+from streammerge.select import sample_size
 from streammerge.spaces.delta import delta_sample, delta_tile
 from streammerge.spaces.exact import stack_weights
 from streammerge.spaces.factor import factor_weights
@@ -102,6 +102,7 @@ def _fold(work: Work) -> None:
             spans=spans,
             fill=_factor_tiles(readers, spans),
             sample=_factor_samples(readers),
+            width=readers[0].matrix_shape[1],
             new_buffer=_new_buffer(readers[0]),
             keys=sources.keys(job, work.task.target, side),
             weights=side_weights,
@@ -135,10 +136,8 @@ def _factor_samples(readers: Sequence[FactorReader]) -> Callable[[int], torch.Te
 
     def sample(i: int) -> torch.Tensor:
         factor, width = readers[i].factor, readers[i].matrix_shape[1]
-        step = max(1, factor.elements // SAMPLE)
-        while math.gcd(step, width) > 1:  # else some columns would never be seen
-            step += 1
-        return readers[i].strided(step)
+        step = factor.elements // sample_size(factor.elements)
+        return readers[i].strided(coprime_step(step, width))
 
     return sample
 
@@ -209,12 +208,12 @@ def _stream(work: Work) -> Truncation:
     """Return the triples of a matrix that a rule makes, tile by tile, from the deltas."""
     job, task, sources = work.job, work.task, work.sources
     rows = row_tiles(task.m, task.n)
-    _hash(sources.b)  # tiles are made in any order
-    kept = list(work.each(lambda reader: reader.whole(), sources.a[: task.factors]))
+    deltas = _Deltas(work, rows)
     operands = Operands(
         spans=[(start * task.n, stop * task.n) for start, stop in rows],
-        fill=_delta_tiles(sources, kept, rows, task),
-        sample=_delta_samples(sources, kept),
+        fill=deltas.fill,
+        sample=deltas.sample,
+        width=task.n,
         new_buffer=_new_buffer(sources.a[0]),
         keys=sources.keys(job, task.target, "delta"),
         weights=sources.weights,
@@ -232,39 +231,44 @@ def _stream(work: Work) -> Truncation:
         return block_krylov(tiled, task.rank, start, task.passes)
 
 
-def _delta_tiles(
-    sources: TargetSources, kept: Sequence[torch.Tensor], rows: Spans, task: Task
-) -> Fill:
-    """Return the function that puts tile t of delta i into a buffer."""
+class _Deltas:
+    """Tiles and samples of the sources' deltas; the factors of some sources are held."""
 
-    def fill(i: int, t: int, buffer: torch.Tensor) -> torch.Tensor:
-        start, stop = rows[t]
-        a = kept[i] if i < len(kept) else sources.a[i].whole()
-        b = sources.b[i].rows(start, stop)
-        out = buffer[: (stop - start) * task.n]
-        delta_tile(b, a, sources.scalings[i], out=out.view(stop - start, task.n))
+    def __init__(self, work: Work, rows: Spans) -> None:
+        self._sources = work.sources
+        self._rows = rows
+        self._n = work.task.n
+        a, b = work.sources.a, work.sources.b
+        held = work.each(lambda i: (a[i].whole(), b[i].whole()), range(work.task.factors))
+        self._held = list(held)
+        _hash(b[work.task.factors :])  # tiles are made in any order
+
+    def fill(self, i: int, t: int, buffer: torch.Tensor) -> torch.Tensor:
+        """Put tile t of delta i into a buffer and return it, flat."""
+        start, stop = self._rows[t]
+        b = self._b_rows(i, start, stop)
+        out = buffer[: (stop - start) * self._n]
+        shaped = out.view(stop - start, self._n)
+        delta_tile(b, self._a(i), self._sources.scalings[i], out=shaped)
         return out
 
-    return fill
-
-
-def _delta_samples(
-    sources: TargetSources, kept: Sequence[torch.Tensor]
-) -> Callable[[int], torch.Tensor]:
-    """Return the function that returns elements of delta i, spread over all rows and columns."""
-
-    def sample(i: int) -> torch.Tensor:
-        a = kept[i] if i < len(kept) else sources.a[i].whole()
-        b = sources.b[i]
-        tiles = factor_rows(*b.matrix_shape)
+    def sample(self, i: int) -> torch.Tensor:
+        """Return elements of delta i, spread over all rows and columns."""
+        a, (m, rank) = self._a(i), self._sources.b[i].matrix_shape
+        tiles = factor_rows(m, rank)
+        count = sample_size(m * self._n) // len(tiles)
+        scaling = self._sources.scalings[i]
         return torch.cat(
-            [
-                delta_sample(b.rows(*rows), a, sources.scalings[i], SAMPLE // len(tiles))
-                for rows in tiles
-            ]
+            [delta_sample(self._b_rows(i, *rows), a, scaling, count) for rows in tiles]
         )
 
-    return sample
+    def _a(self, i: int) -> torch.Tensor:
+        return self._held[i][0] if i < len(self._held) else self._sources.a[i].whole()
+
+    def _b_rows(self, i: int, start: int, stop: int) -> torch.Tensor:
+        if i < len(self._held):
+            return self._held[i][1][start:stop]
+        return self._sources.b[i].rows(start, stop)
 
 
 class SpilledTiles:
@@ -375,7 +379,7 @@ def _cast(job: Job, writer: RegionWriter, values: torch.Tensor) -> torch.Tensor:
     """
     cast = values.to(job.output_dtype).contiguous()
     # A sum is finite only if all its terms are; it may overflow without them, hence the look.
-    if not torch.isfinite(cast.sum()):
+    if not math.isfinite(float(cast.sum())):
         wrong = values[~torch.isfinite(cast)]
         if len(wrong) and not torch.isfinite(wrong).all():
             raise FloatingPointError("a merged value overflows on the way")
