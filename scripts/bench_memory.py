@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,8 @@ class Case:
     open_files: int | None = None
     sparse: bool = False
     """Whether the files are holes: real headers, no data. For plans only."""
-    options: tuple[str, ...] = field(default=())
+    alike: bool = True
+    """Whether all headers are the same to the byte, as those of adapters trained alike are."""
 
 
 def _layers(count: int, shapes: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
@@ -83,14 +84,18 @@ CASES = {
             ALL_METHODS,
             open_files=256,
         ),
-        Case(
-            "moe",
-            64,
-            16,
-            _layers(15000, {"gate": (1408, 2048), "up": (1408, 2048), "down": (2048, 1408)}),
-            ("plan",),
-            cap_mib=1024,
-            sparse=True,
+        *(
+            Case(
+                name,
+                64,
+                16,
+                _layers(15000, {"gate": (1408, 2048), "up": (1408, 2048), "down": (2048, 1408)}),
+                ("plan",),
+                cap_mib=1024,
+                sparse=True,
+                alike=alike,
+            )
+            for name, alike in (("moe", True), ("moe-unlike", False))
         ),
     )
 }
@@ -106,7 +111,7 @@ def make_adapters(case: Case, folder: Path) -> list[str]:
             continue
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
-        header, size = _header(case)
+        header, size = _header(case, number)
         with (path / "adapter_model.safetensors").open("wb") as stream:
             stream.write(header)
             if case.sparse:
@@ -124,8 +129,9 @@ def make_adapters(case: Case, folder: Path) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _header(case: Case) -> tuple[bytes, int]:
-    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _header(case: Case, number: int) -> tuple[bytes, int]:
+    metadata = {"format": "pt"} if case.alike else {"format": "pt", "number": str(number)}
+    fields: dict[str, object] = {"__metadata__": metadata}
     offset = 0
     for target, (m, n) in case.targets.items():
         names = (".lora_A.weight", ".lora_B.weight")

@@ -27,6 +27,9 @@ its SVD; krylov: block Krylov on the tiles of the merged matrix."""
 TILE_ELEMENTS = 2**18
 """Elements of a tile, about: 1 MiB of float32, which stays in a core's cache."""
 
+GROUP_ELEMENTS = 2**20
+"""Elements of the factors that are stacked for a pass over them, unless one source has more."""
+
 GRAM_BLOCK = 64
 """Columns of a block of a Gram matrix, at least; blocks are what cores share."""
 
@@ -72,6 +75,24 @@ def flat_tiles(elements: int) -> list[tuple[int, int]]:
 def factor_rows(rows: int, width: int) -> list[tuple[int, int]]:
     """Return the row ranges in which a rows × width factor is read."""
     return split(rows, max(1, TILE_ELEMENTS // width))
+
+
+def factor_groups(ranks: Sequence[int], sides: int) -> list[range]:
+    """Return which sources' factors are stacked for a pass over them: neighbours, by size alone.
+
+    Args:
+        ranks: of the sources.
+        sides: m + n of the target.
+    """
+    groups: list[range] = []
+    filled = GROUP_ELEMENTS
+    for source, rank in enumerate(ranks):
+        if filled + rank * sides > GROUP_ELEMENTS:
+            groups.append(range(source, source))
+            filled = 0
+        groups[-1] = range(groups[-1].start, source + 1)
+        filled += rank * sides
+    return groups
 
 
 def longest(tiles: list[tuple[int, int]]) -> int:

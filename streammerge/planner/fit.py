@@ -21,7 +21,15 @@ from streammerge.planner.memory import (
     tile_bytes,
 )
 from streammerge.planner.routes import Course, Shape
-from streammerge.plans import GRAM_BLOCK, Region, Task, flat_tiles, longest, row_tiles
+from streammerge.plans import (
+    GRAM_BLOCK,
+    Region,
+    Task,
+    factor_groups,
+    flat_tiles,
+    longest,
+    row_tiles,
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ def _parts(draft: Draft) -> int:
     if route == "fold":
         return len(flat_tiles(shape.rank * shape.small))
     if route == "sum":
-        return len(shape.ranks)
+        return len(factor_groups(shape.ranks, shape.m + shape.n))
     if route == "gram":
         return max(2, shape.total_rank // GRAM_BLOCK)
     return 1 if route in ("concatenate", "core") else len(row_tiles(shape.m, shape.n))
@@ -189,11 +197,13 @@ def _lanes(draft: Draft, rule: RuleSpec, limits: Limits, room: int) -> int:
 
 
 def _hold(draft: Draft, rule: RuleSpec, room: int, lanes: int) -> Holding:
-    """Return what a streamed task keeps in memory: first factors, then tiles, as many as fit."""
+    """Return what a task keeps in memory: first factors, then tiles, as many as fit."""
     shape = draft.shape
-    if draft.course.route not in ("fold", "dense", "krylov"):
+    if draft.course.route not in ("fold", "sum", "dense", "krylov"):
         return Holding(lanes=lanes)
     room -= _least(draft, rule, lanes)
+    if draft.course.route == "sum":
+        return Holding(factors=_held_factors(shape, room), lanes=lanes)
     factors = _held_factors(shape, room) if draft.course.route != "fold" else 0
     room -= factor_bytes(shape, factors)
     stack = lanes * stack_bytes(shape, _tile_elements(draft))

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 
 from streammerge.catalog import RuleSpec
 from streammerge.planner.routes import DOUBLE, Course, Shape
-from streammerge.plans import GRAM_ROWS, factor_rows, flat_tiles, longest, row_tiles, split
+from streammerge.plans import (
+    GRAM_ROWS,
+    factor_groups,
+    factor_rows,
+    flat_tiles,
+    longest,
+    row_tiles,
+    split,
+)
 
 SLACK_BYTES = 8 * 1024**2
 """Allocator rounding, small tensors of a task, and pages of files at both ends of a window."""
@@ -62,7 +70,7 @@ def project(course: Course, rule: RuleSpec, shape: Shape, holding: Holding) -> i
         "fold": lambda: _fold(rule, shape, holding),
         "core": lambda: _core(shape),
         "gram": lambda: _gram(shape, lanes),
-        "sum": lambda: _sum(shape, course, lanes),
+        "sum": lambda: _sum(shape, course, holding),
         "dense": lambda: _streamed(rule, shape, holding) + _dense(shape),
         "krylov": lambda: _streamed(rule, shape, holding) + _krylov(shape, course, lanes),
     }
@@ -114,14 +122,17 @@ def _gram(shape: Shape, lanes: int) -> int:
     return stacks + 9 * k * k * DOUBLE + max(reading, lanes * 2 * rows * k * DOUBLE) + _pair(shape)
 
 
-def _sum(shape: Shape, course: Course, lanes: int) -> int:
-    """The basis, a block's images, and tiles of factors, stored and converted."""
-    elements = max(longest(factor_rows(rank, shape.n)) * shape.n for rank in shape.ranks)
-    elements = max(elements, *(longest(factor_rows(shape.m, rank)) * rank for rank in shape.ranks))
-    images = 2 * max(shape.ranks) * (course.block + PROBES) * shape.item
+def _sum(shape: Shape, course: Course, holding: Holding) -> int:
+    """The factors that are kept; for each lane the stacks of a group, one factor as it is read,
+    and the stacks' small product; the bases."""
+    sides = shape.m + shape.n
+    columns = max(sum(shape.ranks[i] for i in group) for group in factor_groups(shape.ranks, sides))
+    reading = max(shape.ranks) * max(shape.m, shape.n) * (shape.item + shape.stored_item)
+    products = columns * (course.block + PROBES) * shape.item
+    lane = columns * sides * shape.item + reading + products
     probed = 3 * max(shape.m, shape.n) * PROBES * shape.item
-    reading = elements * (shape.item + shape.stored_item) + images
-    return lanes * reading + probed + _krylov(shape, course, lanes)
+    kept = factor_bytes(shape, holding.factors)
+    return kept + holding.lanes * lane + probed + _krylov(shape, course, holding.lanes)
 
 
 def _streamed(rule: RuleSpec, shape: Shape, holding: Holding) -> int:

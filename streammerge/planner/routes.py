@@ -10,8 +10,8 @@ from streammerge.plans import Route
 OVERSAMPLING = 8
 """Columns of a Krylov block beyond the rank: the more, the fewer passes."""
 
-KRYLOV_PASSES = 10
-"""Passes planned at most; flat spectra take 3 to 10, others 3 or 4."""
+KRYLOV_PASSES = 14
+"""Passes planned at most; flat spectra take 3 to 12, others 3 or 4."""
 
 KRYLOV_ELEMENTS = 2**25
 """The bases are planned with at most so many elements, as long as that leaves MIN_PASSES."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -14,7 +15,7 @@ from streammerge.errors import ClampError, OutputOverflowError
 from streammerge.kernels.each import Each, Pool
 from streammerge.kernels.grams import truncate_by_grams
 from streammerge.kernels.krylov import block_krylov
-from streammerge.kernels.matrices import Addend, FactorSum, TiledMatrix, dense
+from streammerge.kernels.matrices import FactorSum, Stacks, TiledMatrix, dense
 from streammerge.kernels.tiles import HeldTiles, MergedTiles, Operands
 from streammerge.lowrank import (
     Truncation,
@@ -26,7 +27,7 @@ from streammerge.lowrank import (
 )
 from streammerge.output.scratch import ScratchFile
 from streammerge.output.writer import RegionWriter
-from streammerge.plans import Task, coprime_step, factor_rows, flat_tiles, row_tiles
+from streammerge.plans import Task, coprime_step, factor_groups, factor_rows, flat_tiles, row_tiles
 from streammerge.select import sample_size
 from streammerge.spaces.delta import delta_sample, delta_tile
 from streammerge.spaces.exact import stack_weights
@@ -162,46 +163,42 @@ def _gram(work: Work) -> Truncation:
 
 
 def _stacks(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scaled B's side by side (m × k) and the A's one below the other (k × n)."""
-    sources, task, q = work.sources, work.task, work.stack_weights
-    stacks = work.each(
-        lambda side: _stack(*side),
-        [(sources.b, (task.m, -1), q), (sources.a, (-1, task.n), [1.0] * len(q))],
-    )
-    b, a = stacks
+    """Return all scaled B's side by side (m × k) and the A's one below the other (k × n)."""
+    everyone = range(len(work.sources))
+    b, a = work.each(lambda side: _stack(work, everyone, side), "BA")
     return b, a
 
 
-def _stack(
-    readers: Sequence[FactorReader], shape: tuple[int, int], factors: Sequence[float]
-) -> torch.Tensor:
-    """Return the factors side by side (m × k) or one below the other (k × n), scaled."""
-    along = 1 if shape[1] < 0 else 0
+def _stack(work: Work, chosen: range, side: str) -> torch.Tensor:
+    """Return the chosen sources' A's one below the other, or their B's, scaled, side by side."""
+    readers, along = (work.sources.a, 0) if side == "A" else (work.sources.b, 1)
+    readers = readers[chosen.start : chosen.stop]
+    size = list(readers[0].matrix_shape)
     lengths = [reader.matrix_shape[along] for reader in readers]
-    size = [sum(lengths) if extent < 0 else extent for extent in shape]
+    size[along] = sum(lengths)
     stack = readers[0].new_empty(size)
-    parts = torch.split(stack, lengths, dim=along)
-    for reader, part, factor in zip(readers, parts, factors, strict=True):
-        part.copy_(reader.whole().mul_(factor))
+    for i, part in zip(chosen, torch.split(stack, lengths, dim=along), strict=True):
+        factor = readers[i - chosen.start].whole()
+        part.copy_(factor.mul_(work.stack_weights[i]) if side == "B" else factor)
     return stack
 
 
 def _sum(work: Work) -> Truncation:
-    """Return the triples of Σ w_i·Δ_i by going over the factors, one adapter after another."""
-    addends = [
-        Addend(
-            q=q,
-            a_rows=a.rows,
-            a_tiles=factor_rows(*a.matrix_shape),
-            b_rows=b.rows,
-            b_tiles=factor_rows(*b.matrix_shape),
-        )
-        for q, a, b in zip(work.stack_weights, work.sources.a, work.sources.b, strict=True)
-    ]
+    """Return the triples of Σ w_i·Δ_i by going over the factors, a group of adapters at a time."""
     task = work.task
+    ranks = [reader.matrix_shape[0] for reader in work.sources.a]
+    groups = [_group(work, group) for group in factor_groups(ranks, task.m + task.n)]
     start, probes = _gaussian(work, "krylov", task.block), _gaussian(work, "probes", PROBES)
-    total = FactorSum(addends, task.m, probes, work.each)
-    return block_krylov(total, task.rank, start, task.passes)
+    return block_krylov(FactorSum(groups, probes, work.each), task.rank, start, task.passes)
+
+
+def _group(work: Work, group: range) -> Stacks:
+    """Return what returns the stacks of a group, which are held if there is room."""
+
+    def stacks() -> tuple[torch.Tensor, torch.Tensor]:
+        return _stack(work, group, "B"), _stack(work, group, "A")
+
+    return cache(stacks) if group.stop <= work.task.factors else stacks
 
 
 def _stream(work: Work) -> Truncation:

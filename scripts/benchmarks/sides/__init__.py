@@ -1,0 +1,1 @@
+"""Who merges, and what bounds them: one process each, see `benchmarks.processes.answer`."""
