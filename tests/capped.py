@@ -34,35 +34,37 @@ main(prog_name="streammerge")
 
 _TASKS = """
 import gc, json, re, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from streammerge.adapter import NameTable
 from streammerge.api import plan
 from streammerge.output.writer import allocate
 from streammerge.readers import read_adapter
 from streammerge.run import run_plan
-from streammerge.worker import Job, one_thread_each, run_task
+from streammerge.worker import Job, Lanes, one_thread_each, run_task
 
 def status(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 adapters, options, directory = json.load(sys.stdin)
-made = plan(adapters, workers=1, scratch=directory, **options)
+made = plan(adapters, scratch=directory, **options)
 table = NameTable()
 manifests = [read_adapter(path, table) for path in adapters]
 regions = [region for task in made.tasks for region in (task.a, task.b)]
 starts = allocate(Path(directory), made.files, regions, made.dtype)
 job = Job(made, manifests, Path(directory), starts)
 rows = []
-with one_thread_each():
+with one_thread_each(), ThreadPoolExecutor(made.concurrency) as pool:
     for task in made.tasks:
         gc.collect()
         before = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
-        receipt = run_task(job, task)
+        receipt = run_task(job, task, Lanes(pool, task.lanes) if task.lanes > 1 else map)
         rows.append(
             {
                 "target": task.target,
                 "route": task.route,
+                "lanes": task.lanes,
                 "projected_bytes": task.projected_bytes,
                 "peak_bytes": status("VmHWM") - before,
                 "before_bytes": before,
@@ -110,12 +112,15 @@ def run_cli(
     return CappedRun(done.returncode, done.stdout, kept, peaks[-1] if peaks else 0, capped_by)
 
 
-def task_peaks(adapters: Sequence[str], **options: Any) -> dict[str, Any]:
-    """Run a merge's tasks one by one in a fresh process; return each one's projection and peak."""
+def task_peaks(adapters: Sequence[str], *, workers: int = 1, **options: Any) -> dict[str, Any]:
+    """Run a merge's tasks one by one in a fresh process; return each one's projection and peak.
+
+    With more workers a task that is alone has several lanes.
+    """
     with tempfile.TemporaryDirectory() as directory:
         done = subprocess.run(
             [sys.executable, "-c", _TASKS],
-            input=json.dumps([list(adapters), options, directory]),
+            input=json.dumps([list(adapters), {"workers": workers, **options}, directory]),
             capture_output=True,
             text=True,
             check=True,

@@ -101,13 +101,19 @@ def test_the_refusal_names_the_target_that_needs_most(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "method", ["linear", "cat", "svd", "ties", "dare_ties", "ties_svd", "dare_linear_svd"]
 )
-@pytest.mark.parametrize("memory", ["least", "ample"])
-def test_every_task_keeps_its_projection(method: str, memory: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("memory", "workers"), [("least", 1), ("ample", 1), ("least", 3), ("ample", 3)]
+)
+def test_every_task_keeps_its_projection(
+    method: str, memory: str, workers: int, tmp_path: Path
+) -> None:
     """Measured task by task, in a process of its own, by resetting VmHWM before each."""
     layers = {"wide": linear(1536, 4096, 16), "tall": linear(4096, 1024, 16)}
     adapters = make(tmp_path / "in", 6, layers)
     allowed = smallest_budget(adapters, method) if memory == "least" else 4096 * MIB
-    measured = task_peaks(adapters, max_memory=allowed, **options(method))
+    measured = task_peaks(adapters, max_memory=allowed, workers=workers, **options(method))
+    if memory == "ample" and method in ("ties_svd", "dare_linear_svd"):
+        assert {task["lanes"] for task in measured["tasks"]} == {workers}
     for task in measured["tasks"]:
         assert task["peak_bytes"] <= task["projected_bytes"], task
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from making import PREFIX, Tensor, frame, linear, render, write_adapter, write_f
 from streammerge import errors
 from streammerge.adapter import TensorFile
 from streammerge.readers.header import read_header
-from streammerge.readers.windows import OpenFiles, mapped, pread
+from streammerge.readers.windows import PAGE_BYTES, REUSED_BYTES, OpenFiles, mapped, pread
 from streammerge.worker.job import Job, TaskStoppedError
 
 SMALL = {"up": linear(12, 8, 2)}
@@ -37,14 +38,24 @@ def test_a_map_of_a_file_that_was_cut(tmp_path: Path) -> None:
         window(file, 4096, 4096)
 
 
-def test_pread_keeps_nothing(tmp_path: Path) -> None:
-    """A window's memory is its caller's; it goes when the caller drops it."""
+def test_pread_reuses_one_small_buffer_for_each_thread(tmp_path: Path) -> None:
+    """A small window lasts until the thread's next one; a large one is its caller's."""
     path = tmp_path / "data"
-    path.write_bytes(bytes(range(64)))
-    window = pread(OpenFiles())
-    first, second = (window(described(path), offset, 8) for offset in (0, 8))
-    assert first.base is not second.base or first.base is None
+    path.write_bytes(bytes(range(64)) + bytes(2 * REUSED_BYTES))
+    file, window = described(path), pread(OpenFiles())
+    first = window(file, 0, 8)
     assert first.tolist() == list(range(8))
+    second = window(file, 8, 8)
+    assert second.tolist() == list(range(8, 16))
+    assert second.base is first.base
+    with ThreadPoolExecutor(1) as pool:
+        elsewhere = pool.submit(window, file, 16, 8).result()
+    assert elsewhere.base is not second.base
+    assert second.tolist() == list(range(8, 16))
+    large = window(file, 0, REUSED_BYTES + 1)
+    again = window(file, 0, REUSED_BYTES + 1)
+    assert large.base is not again.base
+    assert not any(taken.ctypes.data % PAGE_BYTES for taken in (first, elsewhere, large))
 
 
 def test_a_selection_does_not_match_other_modules(tmp_path: Path) -> None:
