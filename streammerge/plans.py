@@ -227,7 +227,7 @@ class Plan:
     @property
     def scratch_bytes(self) -> int:
         """What the tasks in flight spill at most."""
-        return self._most([spilled_bytes(task, self.item_bytes) for task in self.tasks])
+        return self.in_flight([spilled_bytes(task, self.item_bytes) for task in self.tasks])
 
     @property
     def seconds(self) -> float:
@@ -243,10 +243,10 @@ class Plan:
     @property
     def projected_bytes(self) -> int:
         """What the process holds at most: reserved, and the largest tasks in flight together."""
-        return self.reserved_bytes + self._most([task.projected_bytes for task in self.tasks])
+        return self.reserved_bytes + self.in_flight([task.projected_bytes for task in self.tasks])
 
-    def _most(self, sizes: Sequence[int]) -> int:
-        """Return what tasks of these sizes take together at most, in flight."""
+    def in_flight(self, sizes: Sequence[int]) -> int:
+        """Return what tasks of these sizes take at most together, as they are in flight."""
         together = [size for size, task in zip(sizes, self.tasks, strict=True) if not task.alone]
         largest = sorted(together, reverse=True)[: self.concurrency]
         alone = [size for size, task in zip(sizes, self.tasks, strict=True) if task.alone]

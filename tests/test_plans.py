@@ -31,12 +31,16 @@ from streammerge.adapter import (
 from streammerge.budget import Budget, format_size, parse_size
 from streammerge.catalog import METHODS, RULES, SPACES
 from streammerge.errors import BudgetError, RecipeError
+from streammerge.kernels.each import PANELS, panels
 from streammerge.planner import make_plan
 from streammerge.plans import (
+    GROUP_ELEMENTS,
     MIN_TILE_ROWS,
     TILE_ELEMENTS,
     Plan,
     Region,
+    coprime_step,
+    factor_groups,
     factor_rows,
     flat_tiles,
     row_tiles,
@@ -226,6 +230,36 @@ def test_factor_rows(rows: int, width: int) -> None:
 # Plans
 
 
+@given(ranks=st.lists(st.integers(1, 512), min_size=1), sides=st.integers(2, 2**18))
+def test_factor_groups(ranks: list[int], sides: int) -> None:
+    """Every source once, in order; stacked as long as they are small."""
+    groups = factor_groups(ranks, sides)
+    assert [source for group in groups for source in group] == list(range(len(ranks)))
+    sizes = [sum(ranks[i] for i in group) * sides for group in groups]
+    for group, size in zip(groups, sizes, strict=True):
+        assert size <= GROUP_ELEMENTS or len(group) == 1
+    for (_, size), (after, _) in itertools.pairwise(zip(groups, sizes, strict=True)):
+        assert size + ranks[after.start] * sides > GROUP_ELEMENTS
+
+
+@given(count=st.integers(1, 10**6))
+def test_panels(count: int) -> None:
+    """Every tile once, in order, in no more panels than the memory for their sums is planned."""
+    ranges = panels(count)
+    assert len(ranges) <= PANELS
+    edges = [0, *(panel.stop for panel in ranges)]
+    assert [panel.start for panel in ranges] == edges[:-1]
+    assert edges[-1] == count
+    assert all(len(panel) for panel in ranges)
+
+
+@given(step=st.integers(0, 10**6), width=st.integers(1, 10**6))
+def test_a_step_that_visits_every_column(step: int, width: int) -> None:
+    found = coprime_step(step, width)
+    assert found >= max(1, step)
+    assert math.gcd(found, width) == 1
+
+
 @FAST
 @given(case=cases())
 def test_every_source_is_used_once(case: Case) -> None:
@@ -327,6 +361,13 @@ def test_what_is_held_is_within_what_is_allowed(case: Case, share: float, more: 
             assert 0 <= task.resident <= tiles
             assert 0 <= task.factors <= task.last - task.first
             assert task.projected_bytes > 0
+            assert 1 <= task.lanes <= plan.concurrency
+            assert task.alone or task.lanes == 1
+        # In flight are one task that is alone, or as many others as there are threads.
+        room = allowed - plan.reserved_bytes
+        together = [task.projected_bytes for task in plan.tasks if not task.alone]
+        assert sum(sorted(together)[-plan.concurrency :]) <= room
+        assert all(task.projected_bytes <= room for task in plan.tasks)
 
 
 @FAST

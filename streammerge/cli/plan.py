@@ -48,7 +48,7 @@ def _totals(plan: Plan) -> list[str]:
         ("reads", format_size(plan.read_bytes)),
         ("writes", f"{format_size(plan.write_bytes)} in {len(plan.files)} file(s)"),
         ("route", _counts(routes)),
-        ("tasks at once", plan.concurrency),
+        ("tasks at once", _concurrency(plan)),
         ("memory allowed", f"{format_size(plan.allowed_bytes)}, {plan.allowed_origin}"),
         ("memory reserved", f"{format_size(plan.reserved_bytes)} for the process itself"),
         ("memory projected", f"{format_size(plan.projected_bytes)} at most"),
@@ -59,6 +59,13 @@ def _totals(plan: Plan) -> list[str]:
         ("time, roughly", f"{plan.seconds:.0f} s"),
     ]
     return [f"{name:<17} {value}" for name, value in rows]
+
+
+def _concurrency(plan: Plan) -> str:
+    alone = sum(task.alone for task in plan.tasks)
+    lanes = max((task.lanes for task in plan.tasks if task.alone), default=0)
+    shared = f"; {alone} target(s) alone, {lanes} thread(s) each" if alone else ""
+    return f"{plan.concurrency}{shared}"
 
 
 def _counts(counts: Counter[Any]) -> str:
@@ -72,7 +79,7 @@ def _device(plan: Plan) -> str:
 
     if plan.device == "cpu":
         return "cpu"
-    held = max(task.device_bytes for task in plan.tasks) * plan.concurrency
+    held = plan.in_flight([task.device_bytes for task in plan.tasks])
     allowed = format_size(plan.device_allowed_bytes)
     return f"{plan.device}: {format_size(held)} of its memory at most, {allowed} allowed"
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from streammerge.kernels.each import Each
 from streammerge.lowrank import (
     ENERGY_TOLERANCE,
     GAP,
@@ -38,7 +39,9 @@ CANCELLATION = 1e-5
 one more pass takes it directly."""
 
 
-def block_krylov(matrix: Matrix, rank: int, start: torch.Tensor, passes: int) -> Truncation:
+def block_krylov(
+    matrix: Matrix, rank: int, start: torch.Tensor, passes: int, each: Each
+) -> Truncation:
     """Return the leading `rank` triples of M by block Krylov iteration on MᵀM.
 
     Each pass takes W = M·V_j and Z = Mᵀ·W. W extends a basis U with M·V = U·T, whose SVD gives
@@ -52,13 +55,14 @@ def block_krylov(matrix: Matrix, rank: int, start: torch.Tensor, passes: int) ->
         rank: triples wanted.
         start: n × block, the Gaussian start.
         passes: blocks at most; later ones are skipped once the certificate holds.
+        each: goes over the two bases.
 
     Raises:
         FloatingPointError: M is not finite.
     """
     space = KrylovSpace(right=Basis([thin_qr(start)[0]]), left=Basis([]))
     for done in range(1, passes + 1):
-        coupling = space.grow(matrix)
+        coupling = space.grow(matrix, each)
         if done < min(MIN_PASSES, passes):
             continue
         result = _ritz(space, coupling, rank, matrix.outside(space))
@@ -127,14 +131,14 @@ class KrylovSpace:
         """The blocks of V that have an image."""
         return self.right.blocks[: len(self.left.blocks)]
 
-    def grow(self, matrix: Matrix) -> torch.Tensor:
+    def grow(self, matrix: Matrix, each: Each) -> torch.Tensor:
         """Take one more pass; return how V's new block C continues it, Mᵀ·M·V_j = V·… + C·this."""
-        image, back = matrix.images(self.right.blocks[-1])
-        inside, diagonal = self.left.extend(image)
+        images = zip((self.left, self.right), matrix.images(self.right.blocks[-1]), strict=True)
+        (inside, diagonal), (_, coupling) = each(lambda pair: pair[0].extend(pair[1]), images)
         below = inside.new_zeros(diagonal.shape[0], self.triangle.shape[1])
         above = torch.cat([self.triangle, inside], dim=1)
         self.triangle = torch.cat([above, torch.cat([below, diagonal], dim=1)])
-        return self.right.extend(back)[1]
+        return coupling
 
 
 def _ritz(space: KrylovSpace, coupling: torch.Tensor, rank: int, outside: float) -> Truncation:

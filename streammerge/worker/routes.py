@@ -189,7 +189,8 @@ def _sum(work: Work) -> Truncation:
     ranks = [reader.matrix_shape[0] for reader in work.sources.a]
     groups = [_group(work, group) for group in factor_groups(ranks, task.m + task.n)]
     start, probes = _gaussian(work, "krylov", task.block), _gaussian(work, "probes", PROBES)
-    return block_krylov(FactorSum(groups, probes, work.each), task.rank, start, task.passes)
+    total = FactorSum(groups, probes, work.each)
+    return block_krylov(total, task.rank, start, task.passes, work.each)
 
 
 def _group(work: Work, group: range) -> Stacks:
@@ -225,7 +226,7 @@ def _stream(work: Work) -> Truncation:
         tiled = TiledMatrix(
             held, rows, lambda: operands.new_buffer(operands.largest_tile), work.each
         )
-        return block_krylov(tiled, task.rank, start, task.passes)
+        return block_krylov(tiled, task.rank, start, task.passes, work.each)
 
 
 class _Deltas:
