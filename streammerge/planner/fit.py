@@ -87,8 +87,12 @@ def fit(drafts: Sequence[Draft], rule: RuleSpec, budget: Budget, device: Device)
         origin = f"{budget.origin}; {format_size(limits.budget.reserved_bytes)} for the process"
         raise _refuse(target, hosts[worst_host], budget.allowed_bytes, smallest, origin)
     limits = replace(limits, whole=sum(arithmetic(d.course, rule, d.shape) for d in drafts))
-    shared = sum(not _is_alone(draft, rule, limits) for draft in drafts)
-    return replace(limits, together=max(1, min(limits.budget.threads, shared)))
+    beside = sum(not _is_alone(draft, rule, limits) for draft in drafts)
+    together = max(1, min(limits.budget.threads, beside))
+    if beside == len(drafts):
+        # No thread is started that has nothing to do.
+        limits = replace(limits, budget=replace(limits.budget, threads=together))
+    return replace(limits, together=together)
 
 
 def _host_room(limits: Limits) -> int:
@@ -108,8 +112,14 @@ def _is_alone(draft: Draft, rule: RuleSpec, limits: Limits) -> bool:
     if _least(draft, rule) * threads > limits.room or host * threads > _host_room(limits):
         return True
     work = arithmetic(draft.course, rule, draft.shape)
-    return work * threads * ROUNDS > limits.whole and _parts(draft) >= threads
+    if work < SHARED_WORK or _parts(draft) < threads:
+        return False
+    return work * threads * ROUNDS > limits.whole
 
+
+SHARED_WORK = 5 * 10**8
+"""Operations of a target that is worked on by several threads at least: with fewer it is done
+before they have begun."""
 
 ROUNDS = 8
 """A target is worked on by all threads where fewer than so many of its size make up each one's
