@@ -13,7 +13,7 @@ OVERSAMPLING = 8
 KRYLOV_PASSES = 14
 """Passes planned at most; flat spectra take 3 to 12, others 3 or 4."""
 
-KRYLOV_ELEMENTS = 2**25
+KRYLOV_ELEMENTS = 3 * 2**23
 """The bases are planned with at most so many elements, as long as that leaves MIN_PASSES."""
 
 KRYLOV_COLUMNS = 1024
@@ -40,7 +40,7 @@ EIGEN_SECONDS = 3e-10
 SUM_SECONDS = 3.5e-11
 """Of a multiplication and addition in an iteration on factors, with reading them again."""
 
-SUM_PASSES = 6
+SUM_PASSES = 10
 """Passes that an iteration on factors takes, about."""
 
 
