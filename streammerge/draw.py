@@ -69,6 +69,8 @@ class Drawer:
             out: floating-point.
         """
         flat, limit = out.view(-1), keep_limit(density) - 2**31
+        if limit == 2**31:  # more than int32 holds: so near 1 that nothing is dropped
+            return out.fill_(1.0)
         for offset, bits in self.parts(key, start, len(flat)):
             torch.lt(bits, limit, out=flat[offset : offset + len(bits)])
         return out

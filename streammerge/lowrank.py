@@ -96,7 +96,8 @@ def truncate_product(b: torch.Tensor, a: torch.Tensor, rank: int) -> Truncation:
     q_a, r_a = thin_qr(a.mT)
     left, s, right = torch.linalg.svd(r_b.double() @ r_a.double().mT, full_matrices=False)
     triples = _leading((q_b, left), s, (q_a, right.mT), rank)
-    noise = NOISE * torch.finfo(b.dtype).eps * float(b.norm()) * float(a.norm())
+    lengths = torch.linalg.vector_norm(b, dim=0).double() * torch.linalg.vector_norm(a, dim=1)
+    noise = NOISE * torch.finfo(b.dtype).eps * float(lengths.sum())
     if triples.energy <= noise**2 < math.inf:
         # What is left of terms that cancel is rounding, and no part of it is better than another.
         return replace(triples, energy=0.0, lost=0.0)

@@ -21,11 +21,15 @@ Route = Literal["concatenate", "fold", "core", "gram", "sum", "dense", "krylov"]
 concatenate: the factors side by side, scaled; fold: the rule on A's and on B's, tile by tile;
 core: QR of the stacked factors and the SVD of the small core between them; gram: the same from the
 Gram matrices of the stacked factors; sum: block Krylov on the factors of a weighted sum, one
-adapter after another; dense: the merged matrix as a whole and
+group of adapters after another; dense: the merged matrix as a whole and
 its SVD; krylov: block Krylov on the tiles of the merged matrix."""
 
 TILE_ELEMENTS = 2**18
 """Elements of a tile, about: 1 MiB of float32, which stays in a core's cache."""
+
+PANELS = 16
+"""Ranges of tiles, or of adapters, that a pass is cut into. Sums are taken inside each and then
+over all of them in order, so that they come out the same however many are worked on at once."""
 
 GROUP_ELEMENTS = 2**20
 """Elements of the factors that are stacked for a pass over them, unless one source has more."""
@@ -60,6 +64,11 @@ def coprime_step(step: int, width: int) -> int:
     while math.gcd(step, width) > 1:
         step += 1
     return step
+
+
+def panels(count: int) -> list[range]:
+    """Cut `count` tiles into ranges, by their number alone."""
+    return [range(start, stop) for start, stop in split(count, -(-count // PANELS))]
 
 
 def row_tiles(m: int, n: int) -> list[tuple[int, int]]:

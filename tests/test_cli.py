@@ -391,6 +391,8 @@ def test_a_signal_leaves_nothing_behind(sent: signal.Signals, workers: int, tmp_
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Where the tests themselves run in the background of a shell, SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     try:
         wait_for(tmp_path / ".out.streammerge" / WEIGHTS, process)

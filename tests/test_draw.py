@@ -39,7 +39,7 @@ def test_chunks_and_blocks_join() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("density", [0.0, 0.2, 0.999])
+@pytest.mark.parametrize("density", [0.0, 0.2, 0.999, 1 - 2**-34])
 def test_a_mask_is_what_the_bits_say(density: float, dtype: torch.dtype) -> None:
     out = torch.empty(5000, dtype=dtype)
     Drawer(1024, out.device).mask(KEY, 77, density, out=out)

@@ -117,3 +117,43 @@ def test_gram_route_gives_the_best_approximation() -> None:
     assert residual <= best * (1 + 1e-6) + 1e-6 * float(np.linalg.norm(dense))
     assert abs(result.lost**0.5 - best) <= 1e-6 * float(np.linalg.norm(dense))
     assert abs(result.energy**0.5 - float(np.linalg.norm(dense))) <= 1e-9 * result.energy**0.5
+
+
+@pytest.mark.parametrize("unbalance", [1.0, 1e3, 1e5])
+def test_gram_route_does_not_mind_how_a_product_is_split(unbalance: float) -> None:
+    """A column of B times d and its row of A over d are the same delta."""
+    rng = np.random.default_rng(1)
+    b = rng.standard_normal((300, 24)).astype(np.float32)
+    a = rng.standard_normal((24, 400)).astype(np.float32)
+    dense = b.astype(np.float64) @ a.astype(np.float64)
+    turn = np.where(np.arange(24) % 2, unbalance, 1 / unbalance).astype(np.float32)
+    result = truncate_by_grams(
+        torch.from_numpy(b * turn), torch.from_numpy(a / turn[:, None]), 24, map
+    )
+    pair = (result.u.double() * result.s) @ result.v.double().mT
+    assert np.linalg.norm(dense - pair.numpy()) <= 1e-6 * np.linalg.norm(dense)
+
+
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+def test_inputs_are_hashed_once_whoever_reads_them(io: str, tmp_path: Path) -> None:
+    """Several threads, and no room to hold a factor: each reads the A's for every tile."""
+    layers = {"big": linear(300, 16000, 32)}
+    paths = [str(write_adapter(tmp_path / f"in{i}", layers, seed=i)) for i in range(3)]
+    options = {"method": "dare_linear_svd", "density": 0.3, "io": io}
+    with pytest.raises(streammerge.errors.BudgetError) as refused:
+        streammerge.plan(paths, max_memory=1, workers=3, **options)
+    room = refused.value.smallest_bytes
+    while max(task.lanes for task in _tasks(paths, room, options)) < 2:
+        room += 2**20
+    assert not _tasks(paths, room, options)[0].factors
+    records = set()
+    for number in range(4):
+        output = tmp_path / f"out{number}"
+        streammerge.merge(paths, output, workers=3, max_memory=room + 2**20, **options)
+        records.add((output / "streammerge.json").read_bytes())
+    streammerge.merge(paths, tmp_path / "one", workers=1, **options)
+    assert records == {(tmp_path / "one" / "streammerge.json").read_bytes()}
+
+
+def _tasks(paths: list[str], memory: int, options: dict[str, object]) -> tuple[object, ...]:
+    return streammerge.plan(paths, max_memory=memory, workers=3, **options).tasks

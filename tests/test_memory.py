@@ -10,8 +10,11 @@ import pytest
 import streammerge
 from capped import MIB, run_cli, task_peaks
 from making import Layer, embedding, linear, write_adapter
-from streammerge import errors
+from streammerge import draw, errors
 from streammerge.budget import Budget, granted_by_machine, parse_size
+from streammerge.kernels.thresholds import PANEL_GATHERED
+from streammerge.planner import memory
+from streammerge.plans import PANELS
 
 WEIGHTS = "adapter_model.safetensors"
 WITHOUT_DENSITY = ("linear", "cat", "svd")
@@ -116,6 +119,12 @@ def test_every_task_keeps_its_projection(
         assert {task["lanes"] for task in measured["tasks"]} == {workers}
     for task in measured["tasks"]:
         assert task["peak_bytes"] <= task["projected_bytes"], task
+
+
+def test_the_formula_has_the_sizes_that_are_allocated() -> None:
+    """Numbers that stand in the planner, which may not import the maths, and in the maths."""
+    assert memory.DRAWN == draw.CHUNK
+    assert memory.GATHERED == PANELS * PANEL_GATHERED
 
 
 def test_memory_that_is_there_is_used(tmp_path: Path) -> None:

@@ -31,11 +31,11 @@ from streammerge.adapter import (
 from streammerge.budget import Budget, format_size, parse_size
 from streammerge.catalog import METHODS, RULES, SPACES
 from streammerge.errors import BudgetError, RecipeError
-from streammerge.kernels.each import PANELS, panels
 from streammerge.planner import make_plan
 from streammerge.plans import (
     GROUP_ELEMENTS,
     MIN_TILE_ROWS,
+    PANELS,
     TILE_ELEMENTS,
     Plan,
     Region,
@@ -43,6 +43,7 @@ from streammerge.plans import (
     factor_groups,
     factor_rows,
     flat_tiles,
+    panels,
     row_tiles,
     split,
 )

@@ -102,7 +102,8 @@ def test_an_ordinary_tensor_takes_one_pass(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(passes) == 1
 
 
-def test_an_infinite_threshold_is_refused() -> None:
-    x = torch.full((100,), float("inf"))
-    with pytest.raises(FloatingPointError, match="infinite"):
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_a_threshold_that_is_not_finite_is_refused(value: str) -> None:
+    x = torch.full((100,), float(value))
+    with pytest.raises(FloatingPointError, match="not finite"):
         find_threshold(stream_of(x, 10), 0.5, map)

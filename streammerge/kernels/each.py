@@ -9,14 +9,8 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from streammerge.plans import split
-
 T = TypeVar("T")
 R = TypeVar("R")
-
-PANELS = 16
-"""Ranges of tiles, or of adapters, that a pass is cut into. Sums are taken inside each and then
-over all of them in order, so that they come out the same however many are worked on at once."""
 
 
 class Each(Protocol):
@@ -24,11 +18,6 @@ class Each(Protocol):
 
     def __call__(self, function: Callable[[T], R], items: Iterable[T], /) -> Iterator[R]:
         """Yield function(item) for every item."""
-
-
-def panels(count: int) -> list[range]:
-    """Cut `count` tiles into ranges, by their number alone."""
-    return [range(start, stop) for start, stop in split(count, -(-count // PANELS))]
 
 
 def accumulate(parts: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -25,6 +25,11 @@ def truncate_by_grams(b: torch.Tensor, a: torch.Tensor, rank: int, each: Each) -
         each: goes over the blocks.
     """
     gram_b, gram_a = (gram(factor, each) for factor in (b, a.mT))
+    # A column of B times d and its row of A over d are the same product: both are brought to one
+    # length, lest a pair that is short in one factor drowns in the rounding of another's.
+    turn_b, turn_a = _balance(gram_b.diagonal(), gram_a.diagonal())
+    gram_b *= torch.outer(turn_b, turn_b)
+    gram_a *= torch.outer(turn_a, turn_a)
     triangle = _triangle(gram_b)
     squares, y = torch.linalg.eigh(triangle.mT @ gram_a @ triangle)
     squares, y = squares.flip(0), y.flip(1)
@@ -40,8 +45,8 @@ def truncate_by_grams(b: torch.Tensor, a: torch.Tensor, rank: int, each: Each) -
     kept = min(rank, int(torch.count_nonzero(squares)))
     s = squares[:kept].sqrt()
     inner = triangle @ y[:, :kept]
-    u = multiply(b, gram_a @ inner / squares[:kept], each)
-    v = multiply(a.mT, inner / s, each)
+    u = multiply(b, turn_b[:, None] * (gram_a @ inner) / squares[:kept], each)
+    v = multiply(a.mT, turn_a[:, None] * inner / s, each)
     return Truncation(
         u=pad(u, (0, rank - kept)),
         s=pad(s, (0, rank - kept)),
@@ -49,6 +54,17 @@ def truncate_by_grams(b: torch.Tensor, a: torch.Tensor, rank: int, each: Each) -
         energy=energy,
         lost=float(squares[kept:].sum()),
     )
+
+
+def _balance(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what B's columns and A's rows, of these squared lengths, are multiplied by.
+
+    The products of the two are 1, or 0 where one of the lengths is.
+    """
+    there = (b > 0) & (a > 0)
+    ratio = torch.where(there, a, 1.0).sqrt() / torch.where(there, b, 1.0).sqrt()
+    turn = ratio.sqrt()
+    return torch.where(there, turn, 0.0), torch.where(there, 1 / turn, 0.0)
 
 
 def gram(x: torch.Tensor, each: Each) -> torch.Tensor:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from streammerge.kernels.each import Each, accumulate, panels
+from streammerge.kernels.each import Each, accumulate
 from streammerge.kernels.krylov import KrylovSpace
 from streammerge.kernels.tiles import TileAt
 from streammerge.lowrank import Truncation, truncate_matrix
+from streammerge.plans import panels
 
 Spans = Sequence[tuple[int, int]]
 

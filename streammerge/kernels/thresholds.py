@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from streammerge.kernels.each import Each, accumulate, panels
+from streammerge.kernels.each import Each, accumulate
+from streammerge.plans import panels
 from streammerge.select import (
     Bracket,
     DigitCounter,
@@ -87,7 +88,7 @@ def find_threshold(stream: Stream, density: float, each: Each) -> Threshold:
         each: goes over the panels of a pass.
 
     Raises:
-        FloatingPointError: the threshold is infinite.
+        FloatingPointError: the threshold is infinite, or no number.
     """
     keep = int(density * stream.numel)
     if keep <= 0:
@@ -95,8 +96,8 @@ def find_threshold(stream: Stream, density: float, each: Each) -> Threshold:
     if keep >= stream.numel:
         return Threshold(-1.0)
     found = _sift(stream, keep, each) or _count_digits(stream, keep, each)
-    if math.isinf(found.value):
-        raise FloatingPointError("a tensor overflows: its threshold is infinite")
+    if not math.isfinite(found.value):
+        raise FloatingPointError("a tensor overflows: its threshold is not finite")
     # An element equal to a threshold of zero is zero, kept or not.
     if found.value == 0.0:
         return Threshold(0.0)
@@ -183,7 +184,7 @@ def _count_digits(stream: Stream, keep: int, each: Each) -> Threshold:
 
         search = settle_digit(search, accumulate(each(count, panels(len(stream.spans)))))
     value = found_value(search, dtype)
-    if search.remaining == search.occurrences or value == 0.0 or math.isinf(value):
+    if search.remaining == search.occurrences or value == 0.0 or not math.isfinite(value):
         return Threshold(value)
 
     def count_equals(panel: range) -> list[int]:

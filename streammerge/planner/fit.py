@@ -23,6 +23,7 @@ from streammerge.planner.memory import (
 from streammerge.planner.routes import Course, Shape
 from streammerge.plans import (
     GRAM_BLOCK,
+    PANELS,
     Region,
     Task,
     factor_groups,
@@ -71,7 +72,7 @@ def fit(drafts: Sequence[Draft], rule: RuleSpec, budget: Budget, device: Device)
     Raises:
         BudgetError: not even on one thread does every task fit.
     """
-    limits = Limits(replace(budget, threads=budget.threads), device)
+    limits = Limits(budget, device)
     needs = [_least(draft, rule) for draft in drafts]
     worst = max(range(len(drafts)), key=needs.__getitem__)
     hosts = [project_host(draft.shape) for draft in drafts] if limits.on_device else needs
@@ -135,7 +136,7 @@ def _parts(draft: Draft) -> int:
         return len(factor_groups(shape.ranks, shape.m + shape.n))
     if route == "gram":
         return max(2, shape.total_rank // GRAM_BLOCK)
-    return 1 if route in ("concatenate", "core") else len(row_tiles(shape.m, shape.n))
+    return 1 if route in ("concatenate", "core") else min(PANELS, len(row_tiles(shape.m, shape.n)))
 
 
 def _refuse(target: str, projected: int, allowed: int, smallest: int, origin: str) -> BudgetError:

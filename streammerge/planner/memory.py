@@ -23,6 +23,9 @@ from streammerge.plans import (
 SLACK_BYTES = 8 * 1024**2
 """Allocator rounding, small tensors of a task, and pages of files at both ends of a window."""
 
+LANE_BYTES = 2 * 1024**2
+"""The same for each further lane, and the buffer that its thread reads into."""
+
 PAGE_BYTES = 4096
 
 COUNTER_BYTES = 2 * 1024**2
@@ -72,9 +75,14 @@ def project(course: Course, rule: RuleSpec, shape: Shape, holding: Holding) -> i
         "gram": lambda: _gram(shape, lanes),
         "sum": lambda: _sum(shape, course, holding),
         "dense": lambda: _streamed(rule, shape, holding) + _dense(shape),
-        "krylov": lambda: _streamed(rule, shape, holding) + _krylov(shape, course, lanes),
+        # A tile less its approximation, where the residual is too small to be a difference.
+        "krylov": lambda: (
+            _streamed(rule, shape, holding)
+            + _krylov(shape, course, lanes)
+            + lanes * tile_bytes(shape)
+        ),
     }
-    return parts[course.route]() + SLACK_BYTES
+    return parts[course.route]() + SLACK_BYTES + (lanes - 1) * LANE_BYTES
 
 
 def project_host(shape: Shape) -> int:

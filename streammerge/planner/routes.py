@@ -90,7 +90,7 @@ def choose_course(rule: RuleSpec, space: SpaceSpec, shape: Shape) -> Course:
 
     A weighted sum in delta space goes through the stacked factors while that costs the least: by
     their Gram matrices, which square the condition and so need twice the precision of what they
-    are made of, or by QR. With more adapters than that it is iterated on factor by factor, or,
+    are made of, or by QR. With more adapters than that it is iterated on group by group, or,
     with a short side, formed. What other rules make is formed tile by tile, and iterated on.
     """
     if space.name == "exact":

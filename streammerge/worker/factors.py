@@ -59,7 +59,10 @@ class FactorReader:
 
     def strided(self, step: int) -> torch.Tensor:
         """Return every step-th element of each of its tiles, unchecked."""
-        parts = [self._stored_at(*span)[::step].to(self._dtype) for span in self._tiles()]
+        # Copied, for the next window may take the place of this one.
+        parts = [
+            self._stored_at(*span)[::step].to(self._dtype, copy=True) for span in self._tiles()
+        ]
         return torch.cat(parts).to(self._device)
 
     def hash_all(self) -> None:

@@ -27,6 +27,7 @@ from streammerge.lowrank import (
 )
 from streammerge.output.scratch import ScratchFile
 from streammerge.output.writer import RegionWriter
+from streammerge.planner.memory import PROBES
 from streammerge.plans import Task, coprime_step, factor_groups, factor_rows, flat_tiles, row_tiles
 from streammerge.select import sample_size
 from streammerge.spaces.delta import delta_sample, delta_tile
@@ -38,9 +39,6 @@ from streammerge.worker.receipt import Certificate
 
 Spans = Sequence[tuple[int, int]]
 Fill = Callable[[int, int, torch.Tensor], torch.Tensor]
-
-PROBES = 8
-"""Gaussian vectors that estimate what an iteration on factors does not see."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +237,9 @@ class _Deltas:
         a, b = work.sources.a, work.sources.b
         held = work.each(lambda i: (a[i].whole(), b[i].whole()), range(work.task.factors))
         self._held = list(held)
-        _hash(b[work.task.factors :])  # tiles are made in any order
+        # Tiles are made in any order, and by several threads.
+        _hash(a[work.task.factors :])
+        _hash(b[work.task.factors :])
 
     def fill(self, i: int, t: int, buffer: torch.Tensor) -> torch.Tensor:
         """Put tile t of delta i into a buffer and return it, flat."""

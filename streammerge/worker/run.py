@@ -45,7 +45,7 @@ def run_task(job: Job, task: Task, each: Each = map) -> Receipt:
         torch.set_num_threads(1)
     for device, attempt in _attempts(job.device, task):
         try:
-            receipt = _run_on(device, job, attempt, each)
+            receipt = _run_on(device, job, attempt, each if attempt is task else map)
         except torch.OutOfMemoryError as error:
             failure = error
             continue
