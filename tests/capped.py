@@ -33,7 +33,7 @@ main(prog_name="streammerge")
 """
 
 _TASKS = """
-import gc, json, re, sys
+import ctypes, gc, json, re, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from streammerge.adapter import NameTable
@@ -57,6 +57,8 @@ rows = []
 with one_thread_each(), ThreadPoolExecutor(made.concurrency) as pool:
     for task in made.tasks:
         gc.collect()
+        # What earlier tasks left in the heap would hide what this one takes from it.
+        ctypes.CDLL(None).malloc_trim(0)
         before = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
         receipt = run_task(job, task, Lanes(pool, task.lanes) if task.lanes > 1 else map)
