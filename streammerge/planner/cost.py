@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from streammerge.catalog import RuleSpec
 from streammerge.planner.memory import tile_bytes
 from streammerge.planner.routes import Course, Shape
@@ -16,6 +18,7 @@ SCRATCH_RATE = 5e8
 """Bytes a second of a scratch disk."""
 
 
+@lru_cache(maxsize=1024)
 def arithmetic(course: Course, rule: RuleSpec, shape: Shape) -> int:
     """Return the floating-point operations of a task, about."""
     m, n, k, sources = shape.m, shape.n, shape.total_rank, len(shape.ranks)

@@ -7,6 +7,7 @@ Every buffer of a route is a term here, in the order in which the worker makes t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from streammerge.catalog import RuleSpec
 from streammerge.planner.routes import DOUBLE, Course, Shape
@@ -65,6 +66,7 @@ def factor_bytes(shape: Shape, count: int) -> int:
     return sum(shape.ranks[:count]) * (shape.m + shape.n) * shape.item
 
 
+@lru_cache(maxsize=1024)  # most targets of a model have one of a few shapes
 def project(course: Course, rule: RuleSpec, shape: Shape, holding: Holding) -> int:
     """Return the bytes that a task holds at most."""
     lanes = holding.lanes

@@ -37,8 +37,9 @@ def pair_up(places: list[Place]) -> tuple[dict[str, Factors], list[str]]:
     extras: list[str] = []
     for place in places:
         name = place[2].name
-        _refuse_variant_tensor(place)
         match = _KEY.fullmatch(name)
+        if match is None or ".base_layer" in name:
+            _refuse_variant_tensor(place)
         if match is None:
             extras.append(name)
             continue
