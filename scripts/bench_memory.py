@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -206,6 +207,7 @@ def measure_tasks(case: Case, method: str, folder: Path) -> dict[str, object]:
     """Return each task's projection and peak under the cap, for one target of every shape."""
     adapters = make_adapters(case, folder)
     options: dict[str, object] = {"method": method, "max_memory": f"{case.cap_mib}MiB"}
+    options["workers"] = len(os.sched_getaffinity(0))
     if method not in WITHOUT_DENSITY:
         options["density"] = 0.2
     if len(case.targets) > 8:

@@ -13,19 +13,17 @@ from typing import TYPE_CHECKING, Any
 from streammerge import events
 from streammerge.adapter import Adapter, NameTable
 from streammerge.budget import CPU, Budget, allow, parse_size
-from streammerge.errors import (
-    MissingFileError,
-    RecipeError,
-    VerificationError,
-)
-from streammerge.output.record import check_record, write_timings
+from streammerge.errors import RecipeError
+from streammerge.output.record import write_timings
 from streammerge.output.space import check_space, find_scratch
-from streammerge.output.staging import MARK_NAME, Staging, check_output
+from streammerge.output.staging import Staging, check_output
 from streammerge.planner import make_plan, resolve_method
-from streammerge.planner.scaling import scalings
 from streammerge.plans import Plan
 from streammerge.readers import read_adapter, read_adapters
 from streammerge.recipe import Recipe, make_number, make_paths, make_weights
+from streammerge.verification import verify
+
+__all__ = ["MergeResult", "merge", "open_adapter", "plan", "verify"]
 
 if TYPE_CHECKING:
     from streammerge.finish import ModuleReport
@@ -50,18 +48,6 @@ class MergeResult:
             f"MergeResult({str(self.output)!r}: {len(self.modules)} targets, "
             f"{self.plan.write_bytes:,} bytes, {self.seconds:.1f} s)"
         )
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What was checked of an output, all of it found right."""
-
-    path: Path
-    targets: int
-    tensors: int
-    checksums: bool
-    """Whether there was a record with checksums; without one only headers, shapes and config
-    were checked."""
 
 
 def open_adapter(path: StrPath) -> Adapter:
@@ -260,28 +246,6 @@ def merge(
     for notice in late:
         tell(events.Notice(notice))
     return MergeResult(Path(output), planned, modules, (*planned.notices, *late), seconds)
-
-
-def verify(path: StrPath) -> Verification:
-    """Check an output from its files alone: every checksum, and shapes against the config.
-
-    An adapter without a streammerge.json is checked as far as headers and config go.
-
-    Raises:
-        VerificationError: something is not as it was written.
-        AdapterError: it cannot be read at all.
-    """
-    directory = Path(path)
-    if not directory.is_dir():
-        raise MissingFileError("no such directory", path=str(directory))
-    recorded = (directory / MARK_NAME).is_file()
-    if recorded:
-        problems = check_record(directory)
-        if problems:
-            raise VerificationError(path=str(directory), problems=tuple(problems))
-    manifest = open_adapter(directory)
-    scalings(manifest, None)
-    return Verification(directory, len(manifest), 2 * len(manifest), recorded)
 
 
 def _recipe(

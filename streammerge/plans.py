@@ -6,7 +6,6 @@ Its tasks hold ranges into the plan's source columns, which point into the manif
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -16,97 +15,21 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from streammerge.tiling import row_tiles
+
 Route = Literal["concatenate", "fold", "core", "gram", "sum", "dense", "krylov"]
 """How a task computes its pair:
 concatenate: the factors side by side, scaled; fold: the rule on A's and on B's, tile by tile;
 core: QR of the stacked factors and the SVD of the small core between them; gram: the same from the
-Gram matrices of the stacked factors; sum: block Krylov on the factors of a weighted sum, one
-group of adapters after another; dense: the merged matrix as a whole and
-its SVD; krylov: block Krylov on the tiles of the merged matrix."""
-
-TILE_ELEMENTS = 2**18
-"""Elements of a tile, about: 1 MiB of float32, which stays in a core's cache."""
-
-PANELS = 16
-"""Ranges of tiles, or of adapters, that a pass is cut into. Sums are taken inside each and then
-over all of them in order, so that they come out the same however many are worked on at once."""
-
-GROUP_ELEMENTS = 2**20
-"""Elements of the factors that are stacked for a pass over them, unless one source has more."""
-
-GRAM_BLOCK = 64
-"""Columns of a block of a Gram matrix, at least; blocks are what cores share."""
-
-GRAM_ROWS = 1024
-"""Rows that are converted to float64 at once for a Gram matrix, at least."""
-
-MIN_TILE_ROWS = 8
-"""A tile of one row would go to another BLAS routine, with another rounding."""
-
+Gram matrices of the stacked factors; sum: block Krylov on the factors of a weighted sum, one group
+of adapters after another; dense: the merged matrix as a whole and its SVD; krylov: block Krylov on
+the tiles of the merged matrix."""
 
 ARITHMETIC_RATE = 1e10
 """Operations a second on one core, products and element-wise work together."""
 
 DISK_RATE = 5e8
 """Bytes a second."""
-
-
-def split(length: int, size: int) -> list[tuple[int, int]]:
-    """Cut `length` into near-equal pieces of at least `size` (one piece if it is shorter)."""
-    count = max(1, length // size)
-    edges = [length * i // count for i in range(count + 1)]
-    return list(itertools.pairwise(edges))
-
-
-def coprime_step(step: int, width: int) -> int:
-    """Return a step of at least this size that comes by every column of a matrix so wide."""
-    step = max(1, step)
-    while math.gcd(step, width) > 1:
-        step += 1
-    return step
-
-
-def panels(count: int) -> list[range]:
-    """Cut `count` tiles into ranges, by their number alone."""
-    return [range(start, stop) for start, stop in split(count, -(-count // PANELS))]
-
-
-def row_tiles(m: int, n: int) -> list[tuple[int, int]]:
-    """Return the row ranges of an m × n target's tiles. Shape alone decides, never the budget."""
-    return split(m, max(MIN_TILE_ROWS, TILE_ELEMENTS // n))
-
-
-def flat_tiles(elements: int) -> list[tuple[int, int]]:
-    """Return the ranges of a factor's tiles, over its elements in file order."""
-    return split(elements, TILE_ELEMENTS)
-
-
-def factor_rows(rows: int, width: int) -> list[tuple[int, int]]:
-    """Return the row ranges in which a rows × width factor is read."""
-    return split(rows, max(1, TILE_ELEMENTS // width))
-
-
-def factor_groups(ranks: Sequence[int], sides: int) -> list[range]:
-    """Return which sources' factors are stacked for a pass over them: neighbours, by size alone.
-
-    Args:
-        ranks: of the sources.
-        sides: m + n of the target.
-    """
-    groups: list[range] = []
-    filled = GROUP_ELEMENTS
-    for source, rank in enumerate(ranks):
-        if filled + rank * sides > GROUP_ELEMENTS:
-            groups.append(range(source, source))
-            filled = 0
-        groups[-1] = range(groups[-1].start, source + 1)
-        filled += rank * sides
-    return groups
-
-
-def longest(tiles: list[tuple[int, int]]) -> int:
-    """Return the length of the longest range."""
-    return max(stop - start for start, stop in tiles)
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,9 +101,6 @@ def found_value(search: Search, dtype: torch.dtype) -> float:
     return float(bits.view(dtype)[0])
 
 
-SAMPLE = 1 << 15
-"""Elements of a sample at most, about."""
-
 GATHERED = 1 << 19
 """Elements of a bracket that are to be gathered in a pass."""
 
@@ -130,11 +127,6 @@ class Sifted:
     """Elements in it."""
     gathered: Array
     """Of these."""
-
-
-def sample_size(numel: int) -> int:
-    """Return how many elements are to stand for a tensor: few enough to cost little to sort."""
-    return min(SAMPLE, max(SAMPLE // 8, numel // 16))
 
 
 def bracket_sample(sample: Array, share: float, numel: int, *, margin: float) -> Bracket:

@@ -61,7 +61,8 @@ with one_thread_each(), ThreadPoolExecutor(made.concurrency) as pool:
         ctypes.CDLL(None).malloc_trim(0)
         before = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
-        receipt = run_task(job, task, Lanes(pool, task.lanes) if task.lanes > 1 else map)
+        each = Lanes(pool, task.lanes, job.stopped) if task.lanes > 1 else map
+        receipt = run_task(job, task, each)
         rows.append(
             {
                 "target": task.target,

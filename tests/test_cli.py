@@ -15,6 +15,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -373,6 +374,14 @@ def test_verify_of_an_adapter_without_a_record(adapters: list[str]) -> None:
 # Signals
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell has what it starts in the background ignore SIGINT, and children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("sent", "workers"),
     [
@@ -380,6 +389,7 @@ def test_verify_of_an_adapter_without_a_record(adapters: list[str]) -> None:
         pytest.param(signal.SIGINT, 2, id="SIGINT, dask"),
     ],
 )
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_leaves_nothing_behind(sent: signal.Signals, workers: int, tmp_path: Path) -> None:
     """The work would take minutes; it is stopped when its staging directory is there."""
     targets = {f"model.{i:02d}.up": linear(3000, 3000, 8) for i in range(24)}
@@ -391,8 +401,6 @@ def test_a_signal_leaves_nothing_behind(sent: signal.Signals, workers: int, tmp_
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Where the tests themselves run in the background of a shell, SIGINT is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     try:
         wait_for(tmp_path / ".out.streammerge" / WEIGHTS, process)

@@ -70,7 +70,9 @@ def test_results_come_in_order_and_no_more_are_in_hand_than_lanes() -> None:
         return item * item
 
     with ThreadPoolExecutor(8) as pool:
-        assert list(Lanes(pool, 3)(work, range(50))) == [i * i for i in range(50)]
+        assert list(Lanes(pool, 3, threading.Event())(work, range(50))) == [
+            i * i for i in range(50)
+        ]
     assert 2 <= most <= 3
 
 
@@ -84,9 +86,11 @@ def test_a_failure_waits_for_what_is_running_and_comes_through() -> None:
         ended.append(item)
         return item
 
+    stopped = threading.Event()
     with ThreadPoolExecutor(4) as pool:
         with pytest.raises(ValueError, match="here"):
-            list(Lanes(pool, 3)(work, range(9)))
+            list(Lanes(pool, 3, stopped)(work, range(9)))
+        assert stopped.is_set()
         before = len(ended)
         time.sleep(0.1)
         assert len(ended) == before
@@ -97,7 +101,7 @@ def test_threads_of_a_pool_use_one_thread_each_and_keep_no_graph() -> None:
         return torch.get_num_threads(), torch.is_inference_mode_enabled()
 
     with ThreadPoolExecutor(2) as pool:
-        assert set(Lanes(pool, 2)(look, range(4))) == {(1, True)}
+        assert set(Lanes(pool, 2, threading.Event())(look, range(4))) == {(1, True)}
 
 
 def test_gram_route_gives_the_best_approximation() -> None:

@@ -14,7 +14,7 @@ from streammerge import draw, errors
 from streammerge.budget import Budget, granted_by_machine, parse_size
 from streammerge.kernels.thresholds import PANEL_GATHERED
 from streammerge.planner import memory
-from streammerge.plans import PANELS
+from streammerge.tiling import PANELS
 
 WEIGHTS = "adapter_model.safetensors"
 WITHOUT_DENSITY = ("linear", "cat", "svd")

@@ -466,6 +466,18 @@ def test_staging_is_removed_whatever_fails(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+def test_an_interrupt_while_staging_is_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("streammerge.output.staging.check_output", interrupted)
+    with pytest.raises(KeyboardInterrupt), Staging(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == []
+
+
 # ---------------------------------------------------------------------------------------------
 # Killed
 

@@ -32,13 +32,13 @@ from streammerge.budget import Budget, format_size, parse_size
 from streammerge.catalog import METHODS, RULES, SPACES
 from streammerge.errors import BudgetError, RecipeError
 from streammerge.planner import make_plan
-from streammerge.plans import (
+from streammerge.plans import Plan, Region
+from streammerge.recipe import Recipe
+from streammerge.tiling import (
     GROUP_ELEMENTS,
     MIN_TILE_ROWS,
     PANELS,
     TILE_ELEMENTS,
-    Plan,
-    Region,
     coprime_step,
     factor_groups,
     factor_rows,
@@ -47,7 +47,6 @@ from streammerge.plans import (
     row_tiles,
     split,
 )
-from streammerge.recipe import Recipe
 
 FAST = settings(max_examples=100)
 PLENTY = 2**45

@@ -18,8 +18,8 @@ import streammerge
 from making import CONFIG, PREFIX, WEIGHTS, linear, make_config
 from streammerge import errors, events
 from streammerge.catalog import METHODS, RULES, SPACES
-from streammerge.plans import row_tiles
 from streammerge.readers.header import read_header
+from streammerge.tiling import row_tiles
 
 WORKERS = 2
 ON_FACTORS = [name for name, method in METHODS.items() if SPACES[method.space].equal_ranks]

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 import streammerge
 from making import PREFIX, Tensor, frame, linear, render, write_adapter, write_files
 from streammerge import errors
-from streammerge.adapter import TensorFile
+from streammerge.adapter import Factor, TensorFile
 from streammerge.readers.header import read_header
-from streammerge.readers.windows import PAGE_BYTES, REUSED_BYTES, OpenFiles, mapped, pread
+from streammerge.readers.windows import (
+    PAGE_BYTES,
+    REUSED_BYTES,
+    OpenFiles,
+    Window,
+    mapped,
+    pread,
+)
+from streammerge.worker.factors import FactorReader
 from streammerge.worker.job import Job, TaskStoppedError
 
 SMALL = {"up": linear(12, 8, 2)}
@@ -183,3 +193,27 @@ def test_one_worker_on_dask(tmp_path: Path) -> None:
         checksums.append([receipt.checksums for receipt in run(job, lambda *_: None)])
         assert torch.get_num_threads() == before
     assert checksums[0] == checksums[1]
+
+
+@pytest.mark.parametrize("io", [mapped, pread])
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_factor_is_hashed_once_in_whatever_order_it_is_read(
+    io: Callable[[OpenFiles], Window], threads: int, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    rows, width = 4000, 90
+    stored = rng.standard_normal((rows, width), dtype=np.float32)
+    path = tmp_path / "data"
+    path.write_bytes(b"x" * 12 + stored.tobytes())
+    expected = xxhash.xxh3_128_hexdigest(stored.tobytes())
+    for _ in range(10):
+        factor = Factor(described(path), "t", 12, "F32", (rows, width))
+        reader = FactorReader(io(OpenFiles()), factor, torch.float32, torch.device("cpu"))
+        spans = [(int(a), int(min(rows, a + 1 + rng.integers(300)))) for a in rng.permutation(40)]
+
+        def right(span: tuple[int, int], reader: FactorReader = reader) -> bool:
+            return bool((reader.rows(*span).numpy() == stored[slice(*span)]).all())
+
+        with ThreadPoolExecutor(threads) as pool:
+            assert all(pool.map(right, [(90 * a, min(rows, 90 * b)) for a, b in spans if a < b]))
+        assert reader.checksum() == expected

@@ -37,10 +37,11 @@ from streammerge.errors import BudgetError, RecipeError
 from streammerge.output.space import find_scratch
 from streammerge.planner import make_plan
 from streammerge.planner.memory import PAGE_BYTES
-from streammerge.plans import Plan, flat_tiles, row_tiles
+from streammerge.plans import Plan
 from streammerge.readers import read_adapter
 from streammerge.recipe import Recipe
 from streammerge.run import run_plan
+from streammerge.tiling import flat_tiles, row_tiles
 
 SAME = (WEIGHTS, CONFIG, "streammerge.json")
 """Files of an output that may not differ by a bit; the timings may."""

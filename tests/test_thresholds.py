@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from streammerge.kernels import thresholds
 from streammerge.kernels.thresholds import Stream, find_threshold
-from streammerge.plans import split
+from streammerge.tiling import split
 
 
 def stream_of(x: torch.Tensor, tile: int, sample: torch.Tensor | None = None) -> Stream:

@@ -1,8 +1,8 @@
 """streammerge beside PEFT, plain scripts and the machine's limits, on the same files, in turn.
 
     scripts/bench [WORKLOAD … | growth] [--repeats N] [--quality] [--profile]
-                  [--json FILE] [--plots DIR] [--folder DIR] [--small]
-    scripts/bench --again FILE [--plots DIR]
+                  [--json FILE] [--folder DIR] [--small]
+    scripts/bench --again FILE
 
 Prints markdown tables; what is going on is said on stderr. docs/benchmarks.md says what each
 figure is. All of it takes an hour or two on two cores, most of it PEFT's, some 2 GB of disk and
@@ -33,11 +33,6 @@ def main() -> None:
     options = parse()
     figures = json.loads(options.again.read_text()) if options.again else measure_all(options)
     print(report(figures))
-    if options.plots:
-        # matplotlib is an extra.
-        from benchmarks.plots import draw  # noqa: PLC0415
-
-        draw(figures["growth"], options.plots)
 
 
 def parse() -> argparse.Namespace:
@@ -55,7 +50,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="small sizes, to see that it works")
     parser.add_argument("--json", type=Path, help="where all figures go")
     parser.add_argument("--again", type=Path, help="show the figures of an earlier --json instead")
-    parser.add_argument("--plots", type=Path, help="where pictures of the growth go")
     parser.add_argument("--folder", type=Path, default=Path("/var/tmp/streammerge-bench"))
     return parser.parse_args()
 

@@ -1,7 +1,14 @@
-"""Time against the number of adapters, the size and the rank; memory against the adapters."""
+"""Time against the number of adapters, the size and the rank; memory against the adapters.
+
+    PYTHONPATH=scripts .venv/bin/python -m benchmarks.plots FILE DIR
+
+FILE is what `scripts/bench growth --json FILE` wrote. Needs matplotlib>=3.8.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -60,3 +67,7 @@ def _picture(
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    draw(json.loads(Path(sys.argv[1]).read_text())["growth"], Path(sys.argv[2]))

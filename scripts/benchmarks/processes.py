@@ -71,6 +71,17 @@ def peak_bytes() -> int:
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
+def stages(began: float, loaded: float, merged: float, saved: float, output: str) -> Figures:
+    """Return the seconds of a peer's three stages, and of making its output durable."""
+    return {
+        "load_seconds": loaded - began,
+        "merge_seconds": merged - loaded,
+        "save_seconds": saved - merged,
+        "whole_seconds": saved - began,
+        "sync_seconds": sync_seconds(output),
+    }
+
+
 def sync_seconds(output: str) -> float:
     """Make what was written durable; return how long that takes.
 

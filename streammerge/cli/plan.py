@@ -86,7 +86,7 @@ def _device(plan: Plan) -> str:
 
 def _kept(plan: Plan) -> str:
     """Say where the tiles of merged matrices are kept between the passes over them."""
-    from streammerge.plans import row_tiles
+    from streammerge.tiling import row_tiles
 
     streamed = [task for task in plan.tasks if task.route == "krylov"]
     if not streamed:

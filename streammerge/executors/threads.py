@@ -42,7 +42,7 @@ def run_threads(job: Job, on_receipt: OnReceipt) -> list[Receipt]:
     with one_thread_each(), ThreadPoolExecutor(job.plan.concurrency) as pool:
         try:
             done = [
-                _report(report, task, run_task(job, task, Lanes(pool, task.lanes)))
+                _report(report, task, run_task(job, task, Lanes(pool, task.lanes, job.stopped)))
                 for task in job.plan.tasks
                 if task.alone
             ]

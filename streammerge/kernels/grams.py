@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from streammerge.kernels.each import Each
 from streammerge.lowrank import NOISE, Truncation
-from streammerge.plans import GRAM_BLOCK, GRAM_ROWS, split
+from streammerge.tiling import gram_blocks, gram_rows
 
 
 def truncate_by_grams(b: torch.Tensor, a: torch.Tensor, rank: int, each: Each) -> Truncation:
@@ -70,13 +70,13 @@ def _balance(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 def gram(x: torch.Tensor, each: Each) -> torch.Tensor:
     """Return xᵀ·x of an l × k matrix, in float64, block by block of one half of it."""
     width = x.shape[1]
-    blocks = split(width, max(GRAM_BLOCK, -(-width // 4)))
+    blocks = gram_blocks(width)
     pairs = [(i, j) for i in range(len(blocks)) for j in range(i, len(blocks))]
 
     def product(pair: tuple[int, int]) -> torch.Tensor:
         left, right = (x[:, slice(*blocks[index])] for index in pair)
         total = x.new_zeros(left.shape[1], right.shape[1], dtype=torch.float64)
-        for start, stop in split(len(x), GRAM_ROWS):
+        for start, stop in gram_rows(len(x)):
             wide = left[start:stop].double()
             other = wide if pair[0] == pair[1] else right[start:stop].double()
             total.addmm_(wide.mT, other)
@@ -97,7 +97,7 @@ def multiply(x: torch.Tensor, weights: torch.Tensor, each: Each) -> torch.Tensor
         part = x[slice(*span)].double() @ weights
         result[slice(*span)] = part
 
-    for _ in each(rows, split(len(x), GRAM_ROWS)):
+    for _ in each(rows, gram_rows(len(x))):
         pass
     return result
 

@@ -11,7 +11,7 @@ from streammerge.kernels.each import Each, accumulate
 from streammerge.kernels.krylov import KrylovSpace
 from streammerge.kernels.tiles import TileAt
 from streammerge.lowrank import Truncation, truncate_matrix
-from streammerge.plans import panels
+from streammerge.tiling import panels
 
 Spans = Sequence[tuple[int, int]]
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from streammerge.kernels.each import Each, accumulate
-from streammerge.plans import panels
 from streammerge.select import (
     Bracket,
     DigitCounter,
@@ -25,6 +24,7 @@ from streammerge.select import (
     narrow,
     settle_digit,
 )
+from streammerge.tiling import panels
 
 BRACKETS = 4
 """Passes with a bracket, after which digits are counted."""

@@ -13,9 +13,8 @@ from streammerge.catalog import RULES, Sparsity
 from streammerge.draw import Drawer
 from streammerge.kernels.each import Each, Pool
 from streammerge.kernels.thresholds import Stream, Threshold, find_threshold
-from streammerge.plans import coprime_step
 from streammerge.rules import FUNCTIONS, Tile
-from streammerge.select import sample_size
+from streammerge.tiling import sample_step
 
 TileAt = Callable[[int, torch.Tensor], torch.Tensor]
 """From a tile's number and a flat buffer that is large enough to the flat tile, in the buffer."""
@@ -137,7 +136,7 @@ class MergedTiles:
     def _threshold(self, i: int, tile: torch.Tensor) -> Threshold:
         if self._thresholds:
             return self._thresholds[i]
-        step = coprime_step(len(tile) // sample_size(len(tile)), self._operands.width)
+        step = sample_step(len(tile), self._operands.width)
         whole = Stream(self._operands.spans, lambda _: iter((tile,)), lambda: tile[::step])
         return find_threshold(whole, self._options.density, map)
 

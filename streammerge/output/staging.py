@@ -97,13 +97,13 @@ class Staging:
             for left in (self._aside, self.path):
                 shutil.rmtree(left, ignore_errors=True)
             self.path.mkdir()
-        except OSError as error:
+        except BaseException as error:
+            # An interrupt too, or what was made would stay.
             self.__exit__(None, None, None)
-            if isinstance(error, StreammergeError):
-                raise
-            raise StorageError(f"cannot be made ({error.strerror})", path=str(self.path)) from error
-        except StreammergeError:
-            self.__exit__(None, None, None)
+            if isinstance(error, OSError) and not isinstance(error, StreammergeError):
+                raise StorageError(
+                    f"cannot be made ({error.strerror})", path=str(self.path)
+                ) from error
             raise
         return self
 

@@ -21,16 +21,8 @@ from streammerge.planner.memory import (
     tile_bytes,
 )
 from streammerge.planner.routes import Course, Shape
-from streammerge.plans import (
-    GRAM_BLOCK,
-    PANELS,
-    Region,
-    Task,
-    factor_groups,
-    flat_tiles,
-    longest,
-    row_tiles,
-)
+from streammerge.plans import Region, Task
+from streammerge.tiling import PANELS, factor_groups, flat_tiles, gram_blocks, longest, row_tiles
 
 
 @dataclass(frozen=True)
@@ -135,7 +127,8 @@ def _parts(draft: Draft) -> int:
     if route == "sum":
         return len(factor_groups(shape.ranks, shape.m + shape.n))
     if route == "gram":
-        return max(2, shape.total_rank // GRAM_BLOCK)
+        blocks = len(gram_blocks(shape.total_rank))
+        return blocks * (blocks + 1)  # pairs of blocks, of the A's and of the B's
     return 1 if route in ("concatenate", "core") else min(PANELS, len(row_tiles(shape.m, shape.n)))
 
 

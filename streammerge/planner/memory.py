@@ -10,16 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from streammerge.catalog import RuleSpec
-from streammerge.planner.routes import DOUBLE, Course, Shape
-from streammerge.plans import (
-    GRAM_ROWS,
-    factor_groups,
-    factor_rows,
-    flat_tiles,
-    longest,
-    row_tiles,
-    split,
-)
+from streammerge.planner.routes import DOUBLE, PROBES, Course, Shape
+from streammerge.tiling import factor_groups, factor_rows, flat_tiles, gram_rows, longest, row_tiles
 
 SLACK_BYTES = 8 * 1024**2
 """Allocator rounding, small tensors of a task, and pages of files at both ends of a window."""
@@ -37,9 +29,6 @@ DRAWN = 2**18
 
 GATHERED = 16 * 2**16
 """Elements of a bracket around a threshold that are gathered at most, over all tiles."""
-
-PROBES = 8
-"""Gaussian vectors that ride along when factors are iterated on."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +117,7 @@ def _gram(shape: Shape, lanes: int) -> int:
     k = shape.total_rank
     stacks = (shape.m + shape.n) * k * shape.item
     reading = 2 * max(shape.ranks) * max(shape.m, shape.n) * (shape.item + shape.stored_item)
-    rows = longest(split(max(shape.m, shape.n), GRAM_ROWS))
+    rows = longest(gram_rows(max(shape.m, shape.n)))
     return stacks + 9 * k * k * DOUBLE + max(reading, lanes * 2 * rows * k * DOUBLE) + _pair(shape)
 
 

@@ -43,6 +43,9 @@ SUM_SECONDS = 3.5e-11
 SUM_PASSES = 10
 """Passes that an iteration on factors takes, about."""
 
+PROBES = 8
+"""Gaussian vectors that ride along when factors are iterated on; they estimate what is missed."""
+
 
 @dataclass(frozen=True)
 class Shape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from streammerge.plans import coprime_step
+from streammerge.tiling import coprime_step
 
 
 def delta_tile(

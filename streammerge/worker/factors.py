@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,9 @@ import xxhash
 from streammerge.adapter import TORCH_NAMES, Factor
 from streammerge.draw import stream_key
 from streammerge.errors import NonFiniteError
-from streammerge.plans import Task, flat_tiles
-from streammerge.readers.windows import Window
+from streammerge.plans import Task
+from streammerge.readers.windows import Bytes, Window
+from streammerge.tiling import flat_tiles
 from streammerge.worker.job import Job
 
 _STORED: dict[str, torch.dtype] = {
@@ -37,6 +39,7 @@ class FactorReader:
         self._stored = _STORED[factor.dtype]
         self._hash = xxhash.xxh3_128()
         self._hashed = 0
+        self._lock = threading.Lock()
 
     def elements(self, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return elements start … stop - 1, in file order, as a flat tensor that may be written to.
@@ -61,14 +64,10 @@ class FactorReader:
         """Return every step-th element of each of its tiles, unchecked."""
         # Copied, for the next window may take the place of this one.
         parts = [
-            self._stored_at(*span)[::step].to(self._dtype, copy=True) for span in self._tiles()
+            self._stored_at(*span)[::step].to(self._dtype, copy=True)
+            for span in flat_tiles(self.factor.elements)
         ]
         return torch.cat(parts).to(self._device)
-
-    def hash_all(self) -> None:
-        """Take the checksum of all of it, so that it may be read in any order after that."""
-        for span in self._tiles():
-            self._stored_at(*span)
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Return rows start … stop - 1 as a matrix; what follows the first dimension is one."""
@@ -85,27 +84,43 @@ class FactorReader:
         """Return an uninitialised tensor of the dtype and on the device that are read to."""
         return torch.empty(tuple(shape), dtype=self._dtype, device=self._device)
 
+    def new_buffer(self, elements: int) -> torch.Tensor:
+        """Return an uninitialised flat tensor of this kind."""
+        return self.new_empty((elements,))
+
     def whole(self) -> torch.Tensor:
         """Return all of it as a matrix."""
         return self.rows(0, self.factor.shape[0])
 
     def checksum(self) -> str:
-        """xxh3-128 of the stored bytes, all of which have been read in order by now."""
-        assert self._hashed == self.factor.elements, f"{self.factor.key}: not read in order"
+        """xxh3-128 of the stored bytes."""
+        self._hash_until(self.factor.elements)
         return self._hash.hexdigest()
 
-    def _tiles(self) -> list[tuple[int, int]]:
-        return flat_tiles(self.factor.elements)
-
     def _stored_at(self, start: int, stop: int) -> torch.Tensor:
-        """Return elements start … stop - 1 as they are stored, read-only; hash what is new."""
-        size = self._stored.itemsize
-        offset, nbytes = self.factor.offset + start * size, (stop - start) * size
-        window = self._window(self.factor.file, offset, nbytes)
-        if start == self._hashed:
-            self._hash.update(window.data)
-            self._hashed = stop
+        """Return elements start … stop - 1 as they are stored, read-only; hash what is new.
+
+        Factors are mostly read from their start to their end. Where several threads share one, or
+        tiles are asked for in another order, what was passed over is read for the hash alone.
+        """
+        if self._hashed >= stop:
+            return _view(self._read(start, stop), self._stored)
+        with self._lock:
+            self._hash_until(start)
+            window = self._read(start, stop)
+            self._hash.update(window[(self._hashed - start) * self._stored.itemsize :].data)
+            self._hashed = max(self._hashed, stop)
         return _view(window, self._stored)
+
+    def _hash_until(self, end: int) -> None:
+        for start, stop in flat_tiles(max(0, end - self._hashed)):
+            self._hash.update(self._read(self._hashed, self._hashed + stop - start).data)
+            self._hashed += stop - start
+
+    def _read(self, start: int, stop: int) -> Bytes:
+        size = self._stored.itemsize
+        offset = self.factor.offset + start * size
+        return self._window(self.factor.file, offset, (stop - start) * size)
 
     def _refuse_non_finite(self, values: torch.Tensor, stored: torch.Tensor) -> None:
         places = (~torch.isfinite(values)).nonzero().view(-1)

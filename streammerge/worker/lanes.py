@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, wait
@@ -16,9 +17,11 @@ R = TypeVar("R")
 class Lanes:
     """A `map` over a pool of threads, with no more items in hand than there are lanes."""
 
-    def __init__(self, pool: Executor, width: int) -> None:
+    def __init__(self, pool: Executor, width: int, stopped: threading.Event) -> None:
+        """Make it; `stopped` is set at a failure, so that what is running ends at its next read."""
         self._pool = pool
         self._width = width
+        self._stopped = stopped
 
     def __call__(self, function: Callable[[T], R], items: Iterable[T], /) -> Iterator[R]:
         """Yield function(item) for every item, in order."""
@@ -30,11 +33,13 @@ class Lanes:
                 in_hand.append(self._pool.submit(_run, function, item))
             while in_hand:
                 yield in_hand.popleft().result()
-        finally:
-            # After a failure nothing may go on in buffers that the caller takes for its own.
+        except BaseException:
+            self._stopped.set()
+            # Nothing may go on in buffers that the caller takes for its own.
             for future in in_hand:
                 future.cancel()
             wait(in_hand)
+            raise
 
 
 def _run(function: Callable[[T], R], item: T) -> R:

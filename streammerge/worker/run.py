@@ -18,7 +18,8 @@ from streammerge.plans import Task
 from streammerge.worker.factors import TargetSources
 from streammerge.worker.job import Job
 from streammerge.worker.receipt import Receipt
-from streammerge.worker.routes import Work, merge_target
+from streammerge.worker.routes import merge_target
+from streammerge.worker.work import Work
 
 _LINALG_ERROR: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from benchmarks.processes import Figures, Job, answer, sync_seconds
+from benchmarks.processes import Figures, Job, answer, stages
 from benchmarks.sides.plain import Loaded, load, save
 
 KEY = "base_model.model.{}.lora_{}.weight"
@@ -39,14 +39,7 @@ def measure(job: Job, _: str) -> Figures:
             merged[KEY.format(target, side)] = factor.to(torch.bfloat16).contiguous()
     done = time.perf_counter()
     save(merged, loaded.config, job.output)
-    saved = time.perf_counter()
-    return {
-        "load_seconds": read - began,
-        "merge_seconds": done - read,
-        "save_seconds": saved - done,
-        "whole_seconds": saved - began,
-        "sync_seconds": sync_seconds(job.output),
-    }
+    return stages(began, read, done, time.perf_counter(), job.output)
 
 
 if __name__ == "__main__":

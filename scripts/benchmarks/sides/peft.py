@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from benchmarks.processes import Figures, Job, answer, sync_seconds
+from benchmarks.processes import Figures, Job, answer, stages
 from oracle.peft_oracle import Net
 
 
@@ -36,14 +36,7 @@ def measure(job: Job, _: str) -> Figures:
     )
     merged = time.perf_counter()
     model.save_pretrained(job.output, selected_adapters=["merged"])
-    saved = time.perf_counter()
-    return {
-        "load_seconds": loaded - began,
-        "merge_seconds": merged - loaded,
-        "save_seconds": saved - merged,
-        "whole_seconds": saved - began,
-        "sync_seconds": sync_seconds(job.output),
-    }
+    return stages(began, loaded, merged, time.perf_counter(), job.output)
 
 
 if __name__ == "__main__":

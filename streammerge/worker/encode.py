@@ -1,0 +1,41 @@
+"""Computed tensors out: cast to the output's dtype, checked, as bytes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from streammerge.errors import OutputOverflowError
+from streammerge.output.writer import RegionWriter
+from streammerge.worker.job import Job
+
+
+def write(job: Job, writer: RegionWriter, values: torch.Tensor) -> None:
+    """Cast values to the output's dtype and append them to a region."""
+    writer.append(bytes_of(cast_tile(job, writer.name, values)))
+
+
+def cast_tile(job: Job, name: str, values: torch.Tensor) -> torch.Tensor:
+    """Return values of the tensor of this name in the output's dtype.
+
+    Raises:
+        OutputOverflowError: one of them does not fit.
+        FloatingPointError: one of them was not finite before.
+    """
+    cast = values.to(job.output_dtype).contiguous()
+    # A sum is finite only if all its terms are; it may overflow without them, hence the look.
+    if not math.isfinite(float(cast.sum())):
+        wrong = values[~torch.isfinite(cast)]
+        if len(wrong) and not torch.isfinite(wrong).all():
+            raise FloatingPointError("a merged value overflows on the way")
+        if len(wrong):
+            raise OutputOverflowError(
+                tensor=name, value=float(wrong.abs().max()), dtype=job.plan.dtype
+            )
+    return cast
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor, of its copy where it lies on a device."""
+    return memoryview(tensor.cpu().view(torch.uint8).numpy().data).cast("B")

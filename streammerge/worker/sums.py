@@ -1,0 +1,65 @@
+"""Weighted sums of deltas from their factors, never formed: core, gram and sum."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from streammerge.kernels.grams import truncate_by_grams
+from streammerge.kernels.krylov import block_krylov
+from streammerge.kernels.matrices import FactorSum, Stacks
+from streammerge.lowrank import Truncation, truncate_product
+from streammerge.planner.routes import PROBES
+from streammerge.tiling import factor_groups
+from streammerge.worker.work import Work
+
+
+def merge_core(work: Work) -> Truncation:
+    """Return the triples of Σ w_i·Δ_i from the stacked factors, by QR, without forming it."""
+    return truncate_product(*_stacks(work), work.task.rank)
+
+
+def merge_gram(work: Work) -> Truncation:
+    """Return the triples of Σ w_i·Δ_i from the stacked factors' Gram matrices."""
+    return truncate_by_grams(*_stacks(work), work.task.rank, work.each)
+
+
+def _stacks(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return all scaled B's side by side (m × k) and the A's one below the other (k × n)."""
+    everyone = range(len(work.sources))
+    b, a = work.each(lambda side: _stack(work, everyone, side), "BA")
+    return b, a
+
+
+def _stack(work: Work, chosen: range, side: str) -> torch.Tensor:
+    """Return the chosen sources' A's one below the other, or their B's, scaled, side by side."""
+    readers, along = (work.sources.a, 0) if side == "A" else (work.sources.b, 1)
+    readers = readers[chosen.start : chosen.stop]
+    size = list(readers[0].matrix_shape)
+    lengths = [reader.matrix_shape[along] for reader in readers]
+    size[along] = sum(lengths)
+    stack = readers[0].new_empty(size)
+    for i, part in zip(chosen, torch.split(stack, lengths, dim=along), strict=True):
+        factor = readers[i - chosen.start].whole()
+        part.copy_(factor.mul_(work.stack_weights[i]) if side == "B" else factor)
+    return stack
+
+
+def merge_sum(work: Work) -> Truncation:
+    """Return the triples of Σ w_i·Δ_i by going over the factors, a group of adapters at a time."""
+    task = work.task
+    ranks = [reader.matrix_shape[0] for reader in work.sources.a]
+    groups = [_group(work, group) for group in factor_groups(ranks, task.m + task.n)]
+    start, probes = work.gaussian("krylov", task.block), work.gaussian("probes", PROBES)
+    total = FactorSum(groups, probes, work.each)
+    return block_krylov(total, task.rank, start, task.passes, work.each)
+
+
+def _group(work: Work, group: range) -> Stacks:
+    """Return what returns the stacks of a group, which are held if there is room."""
+
+    def stacks() -> tuple[torch.Tensor, torch.Tensor]:
+        return _stack(work, group, "B"), _stack(work, group, "A")
+
+    return cache(stacks) if group.stop <= work.task.factors else stacks
