@@ -40,9 +40,11 @@ def _stack(work: Work, chosen: range, side: str) -> torch.Tensor:
     lengths = [reader.matrix_shape[along] for reader in readers]
     size[along] = sum(lengths)
     stack = readers[0].new_empty(size)
-    for i, part in zip(chosen, torch.split(stack, lengths, dim=along), strict=True):
-        factor = readers[i - chosen.start].whole()
-        part.copy_(factor.mul_(work.stack_weights[i]) if side == "B" else factor)
+    weights = work.stack_weights[chosen.start : chosen.stop]
+    for reader, weight, part in zip(
+        readers, weights, torch.split(stack, lengths, dim=along), strict=True
+    ):
+        part.copy_(reader.whole().mul_(weight) if side == "B" else reader.whole())
     return stack
 
 
