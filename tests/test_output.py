@@ -39,6 +39,7 @@ from streammerge.errors import (
     StreammergeError,
     VerificationError,
 )
+from streammerge.output import writer
 from streammerge.output.header import render_header
 from streammerge.output.staging import MARK_NAME, Staging, lock_path, staging_path
 from streammerge.plans import Region
@@ -130,6 +131,27 @@ def test_a_header_is_padded(length: int) -> None:
     assert size == len(header) - 8
     assert size % 8 == 0
     assert json.loads(header[8:])["x" * length]["data_offsets"] == [0, 8]
+
+
+def test_a_region_goes_to_the_disk_as_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every byte once, and no more than a few of them wait."""
+    begun: list[tuple[int, int]] = []
+
+    def begin(_: int, offset: Any, length: Any, __: int) -> None:
+        begun.append((offset.value, length.value))
+
+    monkeypatch.setattr(writer, "_sync_file_range", lambda: begin)
+    path, size = tmp_path / "data", 2 * writer.BEHIND_BYTES + 1000
+    path.touch()
+    with writer.RegionWriter(path, 8, Region("t", 0, 16, (size,), size)) as region:
+        for start in range(0, size, 10**6):
+            region.append(memoryview(bytes(min(10**6, size - start))))
+            assert start - sum(length for _, length in begun) < writer.BEHIND_BYTES
+    assert sum(length for _, length in begun) == size
+    ends = [offset + length for offset, length in begun]
+    assert [offset for offset, _ in begun] == [24, *ends[:-1]]
 
 
 def test_our_reader_reads_both_forms(sources: list[Path], tmp_path: Path) -> None:

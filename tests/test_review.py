@@ -21,6 +21,7 @@ from streammerge.readers.header import read_header
 from streammerge.readers.windows import (
     PAGE_BYTES,
     REUSED_BYTES,
+    Bytes,
     OpenFiles,
     Window,
     mapped,
@@ -217,3 +218,23 @@ def test_a_factor_is_hashed_once_in_whatever_order_it_is_read(
         with ThreadPoolExecutor(threads) as pool:
             assert all(pool.map(right, [(90 * a, min(rows, 90 * b)) for a, b in spans if a < b]))
         assert reader.checksum() == expected
+
+
+def test_a_factor_is_read_once(tmp_path: Path) -> None:
+    """Going over it from its start to its end, nothing is asked for twice, for its checksum least
+    of all."""
+    stored = np.ones((4000, 90), np.float32)
+    path = tmp_path / "data"
+    path.write_bytes(stored.tobytes())
+    read, asked = pread(OpenFiles()), []
+
+    def window(file: TensorFile, offset: int, nbytes: int) -> Bytes:
+        asked.append((offset, nbytes))
+        return read(file, offset, nbytes)
+
+    factor = Factor(described(path), "t", 0, "F32", stored.shape)
+    reader = FactorReader(window, factor, torch.float32, torch.device("cpu"))
+    for start in range(0, 4000, 500):
+        reader.rows(start, start + 500)
+    reader.checksum()
+    assert asked == [(start, 180_000) for start in range(0, stored.nbytes, 180_000)]

@@ -18,7 +18,7 @@ from streammerge.draw import stream_key
 from streammerge.errors import NonFiniteError
 from streammerge.plans import Task
 from streammerge.readers.windows import Bytes, Window
-from streammerge.tiling import flat_tiles
+from streammerge.tiling import TILE_ELEMENTS, flat_tiles
 from streammerge.worker.job import Job
 
 _STORED: dict[str, torch.dtype] = {
@@ -113,9 +113,10 @@ class FactorReader:
         return _view(window, self._stored)
 
     def _hash_until(self, end: int) -> None:
-        for start, stop in flat_tiles(max(0, end - self._hashed)):
-            self._hash.update(self._read(self._hashed, self._hashed + stop - start).data)
-            self._hashed += stop - start
+        while self._hashed < end:
+            stop = min(end, self._hashed + TILE_ELEMENTS)
+            self._hash.update(self._read(self._hashed, stop).data)
+            self._hashed = stop
 
     def _read(self, start: int, stop: int) -> Bytes:
         size = self._stored.itemsize
