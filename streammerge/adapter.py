@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -181,6 +181,16 @@ class Adapter:
         ranks = sorted(set(self.columns.rank.tolist()))
         extras = f", {len(self.extras)} extra tensors" if self.extras else ""
         return f"Adapter({self.path!r}: {len(self)} targets, ranks {ranks}{extras})"
+
+    def take(self, rows: npt.NDArray[np.int32], table: NameTable) -> Adapter:
+        """Return a manifest of these rows alone, in this order, with names in another table.
+
+        It has no config: what a row means is in its columns.
+        """
+        columns = {name: column[rows] for name, column in vars(self.columns).items()}
+        numbers = [table.add(self.table.names[number]) for number in columns["name"]]
+        columns["name"] = np.array(numbers, np.int32)
+        return replace(self, config=None, extras=(), table=table, columns=Columns(**columns))
 
     def target(self, row: int) -> str:
         """Return the module path of `row`."""

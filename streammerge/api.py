@@ -6,14 +6,15 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streammerge import events
 from streammerge.adapter import Adapter, NameTable
-from streammerge.budget import CPU, Budget, allow, parse_size
-from streammerge.errors import RecipeError
+from streammerge.budget import CPU, Budget, Device, allow, parse_size
+from streammerge.errors import ClusterError, RecipeError
 from streammerge.output.record import write_timings
 from streammerge.output.space import check_space, find_scratch
 from streammerge.output.staging import Staging, check_output
@@ -26,6 +27,7 @@ from streammerge.verification import verify
 __all__ = ["MergeResult", "merge", "open_adapter", "plan", "verify"]
 
 if TYPE_CHECKING:
+    from streammerge.executors.cluster import Cluster
     from streammerge.finish import ModuleReport
 
 StrPath = str | os.PathLike[str]
@@ -87,6 +89,8 @@ def plan(
     max_vram: str | int | None = None,
     io: str = "mmap",
     scratch: StrPath | None = None,
+    scheduler: Any = None,
+    mixed_hardware: bool = False,
     max_shard_size: str | int | None = None,
     overwrite: bool = False,
 ) -> Plan:
@@ -119,16 +123,19 @@ def plan(
         strict_base=strict_base,
         max_shard_size=max_shard_size,
     )
-    return _plan(
-        recipe,
-        output=output,
-        max_memory=max_memory,
-        workers=workers,
-        device=device,
-        max_vram=max_vram,
-        io=io,
-        scratch=scratch,
-    )[0]
+    with _cluster(scheduler) as cluster:
+        return _plan(
+            recipe,
+            cluster,
+            output=output,
+            max_memory=max_memory,
+            workers=workers,
+            device=device,
+            max_vram=max_vram,
+            io=io,
+            scratch=scratch,
+            mixed_hardware=mixed_hardware,
+        )[0]
 
 
 def merge(
@@ -156,6 +163,8 @@ def merge(
     max_vram: str | int | None = None,
     io: str = "mmap",
     scratch: StrPath | None = None,
+    scheduler: Any = None,
+    mixed_hardware: bool = False,
     max_shard_size: str | int | None = None,
     overwrite: bool = False,
     on_event: events.OnEvent | None = None,
@@ -182,13 +191,18 @@ def merge(
         exclude: leave out targets in whose name it is found.
         strict_base: refuse adapters that name different base models.
         max_memory: for the whole process, in bytes or like "2GiB"; what the machine grants, with
-            headroom, when None.
-        workers: tasks at once; the number of cores when None.
+            headroom, when None. On a cluster it is for each worker's process.
+        workers: tasks at once on this machine; the number of cores when None.
         device: where tiles are made and decomposed: "cpu", "cuda", "cuda:1", "xpu", …
         max_vram: of the device's memory, in bytes or like "8GiB"; what is free when None.
         io: "mmap", or "pread" for network file systems.
         scratch: directory on a disk for tiles that do not fit into memory, or "none" to make them
             again instead; the output's own parent when None and it is on a disk.
+        scheduler: of a dask cluster whose workers do it, instead of this machine: an address such
+            as "tcp://host:8786", a scheduler file, or a `distributed.Client`. All workers must see
+            inputs and output under the same names.
+        mixed_hardware: let workers take part that round differently; the bytes then depend on
+            which of them did what.
         max_shard_size: write shards of at most this size, with an index; one file when None.
         overwrite: replace an earlier output of streammerge, which may be one of the inputs. A
             directory that holds anything else is never replaced.
@@ -220,27 +234,30 @@ def merge(
         strict_base=strict_base,
         max_shard_size=max_shard_size,
     )
-    planned, manifests = _plan(
-        recipe,
-        output=output,
-        max_memory=max_memory,
-        workers=workers,
-        device=device,
-        max_vram=max_vram,
-        io=io,
-        scratch=scratch,
-    )
-    for notice in planned.notices:
-        tell(events.Notice(notice))
-    # Loads torch, so it waits until all that can be refused without it has been.
-    from streammerge.run import run_plan  # noqa: PLC0415
+    with _cluster(scheduler) as cluster:
+        planned, manifests = _plan(
+            recipe,
+            cluster,
+            output=output,
+            max_memory=max_memory,
+            workers=workers,
+            device=device,
+            max_vram=max_vram,
+            io=io,
+            scratch=scratch,
+            mixed_hardware=mixed_hardware,
+        )
+        for notice in planned.notices:
+            tell(events.Notice(notice))
+        # Loads torch, so it waits until all that can be refused without it has been.
+        from streammerge.run import run_plan  # noqa: PLC0415
 
-    with Staging(Path(output), overwrite=overwrite) as staging:
-        receipts, modules = run_plan(planned, manifests, staging.path, tell)
-        seconds = time.perf_counter() - began
-        timings = {receipt.target: receipt.seconds for receipt in receipts}
-        write_timings(staging.path, timings, seconds)
-        staging.publish()
+        with Staging(Path(output), overwrite=overwrite) as staging:
+            receipts, modules = run_plan(planned, manifests, staging.path, tell, cluster)
+            seconds = time.perf_counter() - began
+            timings = {receipt.target: receipt.seconds for receipt in receipts}
+            write_timings(staging.path, timings, seconds)
+            staging.publish()
     tell(events.Published(os.fspath(output), planned.write_bytes))
     late = _late_notices(modules)
     for notice in late:
@@ -272,6 +289,7 @@ def _recipe(
 
 def _plan(
     recipe: Recipe,
+    cluster: Cluster | None,
     *,
     output: StrPath | None,
     max_memory: str | int | None,
@@ -280,31 +298,64 @@ def _plan(
     max_vram: str | int | None,
     io: str,
     scratch: StrPath | None,
+    mixed_hardware: bool,
 ) -> tuple[Plan, list[Adapter]]:
-    asked = make_number(workers, int, option="workers")
-    threads = len(os.sched_getaffinity(0)) if asked is None else asked
-    if threads < 1:
-        raise RecipeError(f"workers must be at least 1, not {workers}", option="workers")
     if io not in IO_WAYS:
         raise RecipeError(f"io must be one of {', '.join(IO_WAYS)}, not {io!r}", option="io")
     resolve_method(recipe)
-    allowed, origin = allow(max_memory)
-    table = NameTable()
-    manifests = read_adapters(recipe.adapters, table)
+    vram = None if max_vram is None else parse_size(max_vram, option="max_vram")
+    threads = _threads(workers, cluster)
+    memory = None if max_memory is None else parse_size(max_memory, option="max_memory")
+    manifests = read_adapters(recipe.adapters, NameTable())
     place = find_scratch(scratch, output)
+    if cluster is None:
+        budget, found = _own_budget(memory, threads, device, vram)
+    else:
+        budget, found = cluster.survey(memory, device, vram, mixed_hardware=mixed_hardware)
+    planned = make_plan(manifests, recipe, budget, device=found, io=io, scratch=place)
+    if output is not None:
+        # On a cluster parts lie beside the output until they are sealed into it.
+        copies = 1 if cluster is None else 2
+        check_space(os.fspath(Path(output).resolve().parent), copies * planned.write_bytes)
+    if place is not None:
+        check_space(place, planned.scratch_bytes)
+    return planned, manifests
+
+
+def _threads(workers: int | None, cluster: Cluster | None) -> int:
+    asked = make_number(workers, int, option="workers")
+    if asked is None:
+        return len(os.sched_getaffinity(0))
+    if cluster is not None:
+        raise RecipeError("workers goes with this machine; a cluster has its own", option="workers")
+    if asked < 1:
+        raise RecipeError(f"workers must be at least 1, not {workers}", option="workers")
+    return asked
+
+
+def _own_budget(
+    max_memory: int | None, threads: int, device: str, max_vram: int | None
+) -> tuple[Budget, Device]:
+    """Return what this process may take, and where it computes."""
+    allowed, origin = allow(max_memory)
     # torch is loaded to measure what the process takes with it, once all that can be refused
     # without it is; an inspection does without.
     from streammerge.worker import find_device, measure_process  # noqa: PLC0415
 
-    vram = None if max_vram is None else parse_size(max_vram, option="max_vram")
-    found = find_device(device, vram)
-    budget = Budget(allowed, origin, measure_process(), threads)
-    planned = make_plan(manifests, recipe, budget, device=found, io=io, scratch=place)
-    if output is not None:
-        check_space(os.fspath(Path(output).resolve().parent), planned.write_bytes)
-    if place is not None:
-        check_space(place, planned.scratch_bytes)
-    return planned, manifests
+    found = find_device(device, max_vram)
+    return Budget(allowed, origin, measure_process(), threads), found
+
+
+def _cluster(scheduler: Any) -> AbstractContextManager[Cluster | None]:
+    if scheduler is None:
+        return nullcontext()
+    try:
+        from streammerge.executors.cluster import Cluster  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise ClusterError(
+            f"a cluster needs dask's distributed ({error}): pip install 'streammerge[cluster]'"
+        ) from error
+    return Cluster(scheduler)
 
 
 def _late_notices(modules: Sequence[ModuleReport]) -> list[str]:

@@ -11,6 +11,7 @@ StreammergeError
 │   │   └── ExtraTensorsError    tensors that are not LoRA factors, and no choice what to do
 │   ├── IncompatibleError        adapters that do not fit together
 │   ├── BudgetError              the merge cannot be done inside the allowed memory
+│   ├── ClusterError             the cluster cannot be reached, or its workers cannot do it
 │   ├── DiskSpaceError           the output or the scratch does not fit its disk
 │   ├── OutputExistsError        something lies at the output's name
 │   └── OutputBusyError          another merge is writing to the same output
@@ -20,6 +21,7 @@ StreammergeError
 │   ├── OutputOverflowError      a merged value does not fit the output's dtype
 │   ├── ClampError               the clamp's quantile is negative on this target
 │   ├── MemoryExhaustedError     an allocation failed although the plan fitted the budget
+│   ├── WorkerError              a cluster's worker was lost, or is not like the others
 │   ├── InputChangedError        an input file is not the one that was planned with
 │   └── StorageError             the output could not be written
 └── VerificationError            an output's bytes are not those that were recorded; exit code 1
@@ -28,12 +30,27 @@ StreammergeError
 from __future__ import annotations
 
 import math
+from typing import Any
 
 
 class StreammergeError(Exception):
     """Root of the tree; `exit_code` is what the command line returns."""
 
     exit_code = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Workers of a cluster send them; Exception's own way calls the class with the message.
+        return _remake, (type(self), self.args, vars(self))
+
+
+def _remake(
+    kind: type[StreammergeError], args: tuple[Any, ...], facts: dict[str, Any]
+) -> StreammergeError:
+    # OSError has a memory layout of its own, which only its own __new__ makes.
+    error = (OSError if issubclass(kind, OSError) else Exception).__new__(kind, *args)
+    error.args = args
+    vars(error).update(facts)
+    return error
 
 
 class RefusedError(StreammergeError):
@@ -157,6 +174,18 @@ class BudgetError(RefusedError):
         self.smallest_bytes = smallest_bytes
 
 
+class ClusterError(RefusedError):
+    """The cluster cannot be reached, or its workers cannot do this merge.
+
+    Attributes:
+        worker: address of the worker at fault, None where it is none of them.
+    """
+
+    def __init__(self, message: str, *, worker: str | None = None) -> None:
+        super().__init__(f"worker {worker}: {message}" if worker else message)
+        self.worker = worker
+
+
 class DiskSpaceError(RefusedError):
     """The output or the scratch does not fit its disk.
 
@@ -278,6 +307,22 @@ class MemoryExhaustedError(MergeFailedError, MemoryError):
         )
         self.target = target
         self.projected_bytes = projected_bytes
+
+
+class WorkerError(MergeFailedError):
+    """A worker of a cluster was lost again and again with a task, or is not like the others.
+
+    Attributes:
+        worker: its address, None where it is not known.
+        targets: the targets that it was to merge.
+    """
+
+    def __init__(self, message: str, *, worker: str | None, targets: tuple[str, ...]) -> None:
+        more = f" and {len(targets) - 1} more" if len(targets) > 1 else ""
+        who = f", worker {worker}" if worker else ""
+        super().__init__(f"{targets[0]}{more}{who}: {message}")
+        self.worker = worker
+        self.targets = targets
 
 
 class InputChangedError(MergeFailedError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from streammerge import events
 from streammerge.adapter import Adapter
@@ -13,9 +14,16 @@ from streammerge.output.writer import allocate
 from streammerge.plans import Plan, Task
 from streammerge.worker import Job, Receipt
 
+if TYPE_CHECKING:
+    from streammerge.executors.cluster import Cluster
+
 
 def run_plan(
-    plan: Plan, adapters: Sequence[Adapter], directory: Path, tell: events.OnEvent
+    plan: Plan,
+    adapters: Sequence[Adapter],
+    directory: Path,
+    tell: events.OnEvent,
+    cluster: Cluster | None = None,
 ) -> tuple[list[Receipt], tuple[ModuleReport, ...]]:
     """Write the output of a plan into an empty directory, checked and durable.
 
@@ -24,6 +32,7 @@ def run_plan(
         adapters: the manifests that it was made from.
         directory: where the output's files are written.
         tell: hears of every finished task.
+        cluster: whose workers run the tasks, instead of this process.
 
     Returns:
         Receipts and reports, in the order of the plan's tasks.
@@ -31,6 +40,8 @@ def run_plan(
     Raises:
         MergeFailedError: a subclass of it says what failed.
     """
+    if cluster is not None:
+        cluster.check_files(adapters, directory)
     regions = [region for task in plan.tasks for region in (task.a, task.b)]
     starts = allocate(directory, plan.files, regions, plan.dtype)
     job = Job(plan, adapters, directory, starts)
@@ -40,13 +51,17 @@ def run_plan(
         tell(events.TaskDone(task.target, task.read_bytes, task.write_bytes, receipt.seconds))
 
     try:
-        receipts = _executor(plan)(job, on_receipt)
+        receipts = _executor(plan, cluster)(job, on_receipt)
     finally:
         job.files.close()
     return receipts, finish(plan, adapters, directory, starts, receipts)
 
 
-def _executor(plan: Plan) -> Callable[[Job, Callable[[Task, Receipt], None]], list[Receipt]]:
+def _executor(
+    plan: Plan, cluster: Cluster | None
+) -> Callable[[Job, Callable[[Task, Receipt], None]], list[Receipt]]:
+    if cluster is not None:
+        return cluster.run
     if plan.concurrency == 1:
         return run_serial
     # dask takes a while to load and is not needed for one task at a time.

@@ -85,7 +85,7 @@ _OPTIONS = (
     click.option(
         "--max-memory",
         metavar="SIZE",
-        help="For the whole process, like 512MiB.  [default: what the machine grants]",
+        help="For each process, like 512MiB.  [default: what the machine grants]",
     ),
     click.option("--workers", type=int, help="Tasks at once.  [default: the number of cores]"),
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, xpu, …"),
@@ -103,6 +103,14 @@ _OPTIONS = (
         "--scratch",
         type=click.Path(),
         help="Directory for tiles that do not fit into memory, or none.  [default: beside OUT]",
+    ),
+    click.option(
+        "--scheduler",
+        metavar="ADDRESS|FILE",
+        help="Of a dask cluster that does the work, like tcp://host:8786.",
+    ),
+    click.option(
+        "--mixed-hardware", is_flag=True, help="Let workers of a cluster round differently."
     ),
     click.option("--max-shard-size", metavar="SIZE", help="Write shards and an index."),
     click.option("--overwrite", is_flag=True, help="Replace an earlier output of streammerge."),

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 from dask.base import compute
 from dask.delayed import delayed
 
+from streammerge.executors.bundles import bundles, node_name
 from streammerge.plans import Task
 from streammerge.worker import Job, Lanes, Receipt, one_thread_each, run_task
-
-BUNDLES_PER_THREAD = 16
-"""Small targets share a node of the graph; more nodes balance better and cost more scheduling."""
 
 T = TypeVar("T")
 
@@ -35,7 +33,7 @@ def run_threads(job: Job, on_receipt: OnReceipt) -> list[Receipt]:
     together = [task for task in job.plan.tasks if not task.alone]
     nodes = [
         delayed(_run_bundle, pure=False)(
-            _Hidden(job), _Hidden(bundle), report, dask_key_name=_node_name(bundle, number)
+            _Hidden(job), _Hidden(bundle), report, dask_key_name=node_name(bundle, number)
         )
         for number, bundle in enumerate(bundles(together, job.plan.concurrency))
     ]
@@ -46,29 +44,13 @@ def run_threads(job: Job, on_receipt: OnReceipt) -> list[Receipt]:
                 for task in job.plan.tasks
                 if task.alone
             ]
-            bundled = compute(  # type: ignore[no-untyped-call]  # dask has no types
-                *nodes, scheduler="threads", pool=pool, optimize_graph=False
-            )
+            bundled = compute(*nodes, scheduler="threads", pool=pool, optimize_graph=False)
         finally:
             # After a failure other threads end their task at its next read.
             job.stopped.set()
     done.extend(receipt for receipts in bundled for receipt in receipts)
     by_target = {receipt.target: receipt for receipt in done}
     return [by_target[task.target] for task in job.plan.tasks]
-
-
-def bundles(tasks: Sequence[Task], threads: int) -> list[tuple[Task, ...]]:
-    """Cut the tasks, in order, into bundles of about equal work."""
-    share = sum(task.flops + task.read_bytes for task in tasks) / (threads * BUNDLES_PER_THREAD)
-    result: list[list[Task]] = []
-    room = 0.0
-    for task in tasks:
-        if room <= 0 or not result:
-            result.append([])
-            room = share
-        result[-1].append(task)
-        room -= task.flops + task.read_bytes
-    return [tuple(bundle) for bundle in result]
 
 
 def _run_bundle(
@@ -87,11 +69,6 @@ class _Hidden(Generic[T]):
 
     def __init__(self, value: T) -> None:
         self.value = value
-
-
-def _node_name(bundle: tuple[Task, ...], number: int) -> str:
-    more = f"+{len(bundle) - 1}" if len(bundle) > 1 else ""
-    return f"merge-{number:05d}-{bundle[0].target}{more}"
 
 
 def _one_at_a_time(on_receipt: OnReceipt) -> OnReceipt:

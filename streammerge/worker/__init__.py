@@ -1,6 +1,13 @@
 """The worker: the one place that holds bytes and maths together, and that touches a device."""
 
-from streammerge.worker.job import Job, find_device, fingerprint, measure_process, one_thread_each
+from streammerge.worker.job import (
+    Job,
+    find_device,
+    fingerprint,
+    measure_process,
+    one_thread_each,
+    warm_up,
+)
 from streammerge.worker.lanes import Lanes
 from streammerge.worker.receipt import Certificate, Receipt
 from streammerge.worker.run import run_task
@@ -15,4 +22,5 @@ __all__ = [
     "measure_process",
     "one_thread_each",
     "run_task",
+    "warm_up",
 ]

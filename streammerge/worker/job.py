@@ -140,13 +140,13 @@ def measure_process() -> int:
 
     BLAS and LAPACK allocate buffers of their own at their first calls.
     """
-    _warm_up()
+    warm_up()
     return round_process(resident_bytes())
 
 
 @cache
-def _warm_up() -> None:
-    """Make the first calls, once in a process."""
+def warm_up() -> None:
+    """Set up the process for tasks and make the first calls, once."""
     steady_allocator()
     with one_thread_each():
         matrix = torch.ones(256, 256)

@@ -1,0 +1,75 @@
+"""Part files: what a worker of a cluster has written, until it is sealed into the output.
+
+Two attempts at the same tasks never share a file, nor do two machines: a worker that was thought
+dead may still write.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from streammerge.errors import StorageError, VerificationError
+from streammerge.output.writer import READ_BYTES, RegionWriter
+from streammerge.plans import Region
+
+
+def make_part(directory: Path, nbytes: int) -> Path:
+    """Make a part file of an attempt of its own, at its full size, and return its path.
+
+    Raises:
+        StorageError: there is no room, or the file system refused.
+    """
+    path = directory / f"{uuid.uuid4().hex}.part"
+    try:
+        with path.open("xb") as stream:
+            os.posix_fallocate(stream.fileno(), 0, nbytes)
+    except OSError as error:
+        raise StorageError(
+            f"{nbytes} bytes cannot be allocated ({error.strerror})", path=str(path)
+        ) from error
+    return path
+
+
+def seal(
+    part: Path, directory: Path, starts: Sequence[int], names: Sequence[str], moves: Sequence[Move]
+) -> None:
+    """Copy a part's regions to their places in the output, checked on the way, and remove it.
+
+    Args:
+        part: the file.
+        directory: of the output's files.
+        starts: where each of these files' data begin.
+        names: of these files.
+        moves: the part's regions one after another: where each belongs, and its checksum.
+
+    Raises:
+        StorageError: the file system refused.
+        VerificationError: a region is not what was written.
+    """
+    try:
+        with part.open("rb", buffering=0) as stream:
+            for region, checksum in moves:
+                path = directory / names[region.file]
+                with RegionWriter(path, starts[region.file], region) as writer:
+                    left = region.nbytes
+                    while left:
+                        data = stream.read(min(left, READ_BYTES))
+                        if not data:
+                            raise StorageError(f"ends inside {region.name}", path=str(part))
+                        writer.append(memoryview(data))
+                        left -= len(data)
+                if writer.checksum != checksum:
+                    problem = f"{region.name} does not read back as it was written"
+                    raise VerificationError(path=str(part), problems=(problem,))
+        part.unlink()
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"cannot be sealed ({error.strerror})", path=str(part)) from error
+
+
+Move = tuple[Region, str]
+"""A region of the output, and the checksum of its bytes."""

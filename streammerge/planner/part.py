@@ -1,0 +1,54 @@
+"""A part of a plan: some of its tasks with all that they need and nothing else, to be sent away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from streammerge.adapter import Adapter, NameTable
+from streammerge.plans import OutputFile, Plan, Region, Sources, Task
+
+
+def take_part(
+    plan: Plan, adapters: Sequence[Adapter], tasks: Sequence[Task]
+) -> tuple[Plan, list[Adapter]]:
+    """Return a plan of some of a plan's tasks, which write into one file, one after another.
+
+    Adapters keep their positions, for weights and random masks go by them.
+
+    Args:
+        plan: the whole.
+        adapters: its manifests.
+        tasks: some of its tasks.
+
+    Returns:
+        The part, and manifests of the rows that it needs.
+    """
+    rows = np.concatenate([np.arange(task.first, task.last) for task in tasks])
+    positions, old_rows = plan.sources.adapter[rows], plan.sources.row[rows]
+    new_rows, table, taken = np.empty_like(old_rows), NameTable(), []
+    for position, manifest in enumerate(adapters):
+        mine = np.flatnonzero(positions == position)
+        new_rows[mine] = np.arange(len(mine))
+        taken.append(manifest.take(old_rows[mine], table))
+    moved, first, offset = [], 0, 0
+    for task in tasks:
+        last, middle = first + task.last - task.first, offset + task.a.nbytes
+        a, b = _moved(task.a, offset), _moved(task.b, middle)
+        moved.append(replace(task, first=first, last=last, a=a, b=b))
+        first, offset = last, middle + task.b.nbytes
+    part = replace(
+        plan,
+        tasks=tuple(moved),
+        sources=Sources(positions, new_rows, plan.sources.scaling[rows]),
+        files=(OutputFile("part", offset),),
+        config={},
+        notices=(),
+    )
+    return part, taken
+
+
+def _moved(region: Region, offset: int) -> Region:
+    return replace(region, file=0, offset=offset)

@@ -1,0 +1,426 @@
+"""Merges on a real dask cluster: a scheduler and workers on loopback, each a process of its own."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+import streammerge
+from clusters import LocalCluster, cluster_of, kill, wait_until
+from making import CONFIG, WEIGHTS, convolution, embedding, linear, write_adapter
+from streammerge import errors, events
+from streammerge.adapter import NameTable, TensorFile
+from streammerge.budget import MIB
+from streammerge.catalog import METHODS
+from streammerge.cli import main
+from streammerge.executors.remote import look
+from streammerge.planner.part import take_part
+from streammerge.readers import read_adapters
+
+SAME = (WEIGHTS, CONFIG, "streammerge.json")
+REAL = tuple(
+    f"distilbert-base-uncased/{name}"
+    for name in ("dayanidhi04-emotion", "khajaphysist-qkv", "tashu014-imdb")
+)
+LAYERS = {
+    "model.up": linear(500, 400, 4),
+    "model.words": embedding(24, 9_000, 4),
+    "model.patches": convolution(50, 6, (3, 3), 4),
+    **{f"model.{i}": linear(60 + i, 90, 4) for i in range(40)},
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("sources")
+    paths = [folder / f"adapter{seed}" for seed in range(3)]
+    for seed, path in enumerate(paths):
+        write_adapter(path, LAYERS, seed=seed)
+    return [str(path) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    with cluster_of(tmp_path_factory.mktemp("cluster") / "three", 3) as cluster:
+        yield cluster
+
+
+def options(method: str) -> dict[str, object]:
+    density = None if method in ("svd", "linear", "cat") else 0.3
+    return {"method": method, "density": density, "weights": (1.0, -0.6, 0.3)}
+
+
+def files(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in SAME]
+
+
+def heavy(folder: Path, targets: int = 60, side: int = 700) -> list[str]:
+    """Adapters whose targets take some tens of milliseconds each."""
+    layers = {f"model.{i:03d}": linear(side, side, 8) for i in range(targets)}
+    paths = [folder / f"heavy{seed}" for seed in range(2)]
+    for seed, path in enumerate(paths):
+        write_adapter(path, layers, seed=seed)
+    return [str(path) for path in paths]
+
+
+HEAVY = {"method": "ties_svd", "density": 0.3, "rank": 8}
+
+
+# ---------------------------------------------------------------------------------------------
+# The same bytes
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_three_workers_make_the_same_bytes(
+    method: str, sources: list[str], three: LocalCluster, tmp_path: Path
+) -> None:
+    streammerge.merge(sources, tmp_path / "serial", workers=1, **options(method))
+    result = streammerge.merge(
+        sources, tmp_path / "out", scheduler=three.address, **options(method)
+    )
+    assert files(tmp_path / "out") == files(tmp_path / "serial")
+    assert len(result.modules) == len(LAYERS)
+    assert streammerge.verify(tmp_path / "out").checksums
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {*SAME, "streammerge-timings.json"}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_fewer_workers_make_the_same_bytes(
+    workers: int, sources: list[str], tmp_path: Path
+) -> None:
+    streammerge.merge(sources, tmp_path / "serial", workers=1, **options("dare_ties_svd"))
+    with cluster_of(tmp_path / "cluster", workers) as cluster:
+        streammerge.merge(
+            sources,
+            tmp_path / "out",
+            scheduler=cluster.file,
+            max_shard_size="100KiB",
+            **options("dare_ties_svd"),
+        )
+        streammerge.merge(
+            sources, tmp_path / "one", scheduler=cluster.file, **options("dare_ties_svd")
+        )
+    assert files(tmp_path / "one") == files(tmp_path / "serial")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+
+
+def test_real_adapters_on_a_cluster(
+    real_adapters: Path, three: LocalCluster, tmp_path: Path
+) -> None:
+    paths = [real_adapters / name for name in REAL]
+    chosen = {"method": "ties_svd", "density": 0.2, "extras": "drop", "on_event": events.ignore}
+    streammerge.merge(paths, tmp_path / "serial", workers=1, **chosen)
+    streammerge.merge(paths, tmp_path / "out", scheduler=three.address, **chosen)
+    assert files(tmp_path / "out") == files(tmp_path / "serial")
+
+
+def test_workers_with_several_threads(tmp_path: Path) -> None:
+    """A target that is alone has its worker to itself and is worked on by its threads."""
+    big = heavy(tmp_path, targets=2, side=1500)
+    streammerge.merge(big, tmp_path / "serial", workers=1, **HEAVY)
+    with cluster_of(tmp_path / "cluster", 0) as cluster:
+        cluster.add_worker("--nthreads", "2")
+        result = streammerge.merge(big, tmp_path / "out", scheduler=cluster.address, **HEAVY)
+    assert {(task.alone, task.lanes) for task in result.plan.tasks} == {(True, 2)}
+    assert files(tmp_path / "out") == files(tmp_path / "serial")
+
+
+@pytest.mark.parametrize("parts", [1, 3, 7])
+def test_parts_of_a_plan_hold_what_they_need(parts: int, sources: list[str]) -> None:
+    plan = streammerge.plan(sources, method="cat", weights=(1.0, 2.0, 3.0))
+    manifests = read_adapters(sources, NameTable())
+    for chosen in np.array_split(np.arange(len(plan.tasks)), parts):
+        tasks = [plan.tasks[i] for i in chosen]
+        part, taken = pickle.loads(pickle.dumps(take_part(plan, manifests, tasks)))
+        assert part.write_bytes == sum(task.write_bytes for task in tasks)
+        ends = 0
+        for task, whole in zip(part.tasks, tasks, strict=True):
+            assert (task.target, task.route) == (whole.target, whole.route)
+            assert (task.a.offset, task.b.offset) == (ends, ends + task.a.nbytes)
+            ends += task.a.nbytes + task.b.nbytes
+            for mine, theirs in zip(
+                range(task.first, task.last), range(whole.first, whole.last), strict=True
+            ):
+                position = part.sources.adapter[mine]
+                assert position == plan.sources.adapter[theirs]
+                assert part.sources.scaling[mine] == plan.sources.scaling[theirs]
+                for side in "AB":
+                    assert taken[position].factor(int(part.sources.row[mine]), side) == manifests[
+                        position
+                    ].factor(int(plan.sources.row[theirs]), side)
+
+
+# ---------------------------------------------------------------------------------------------
+# Workers that come and go
+
+
+def at_first_task(act: Callable[[], object]) -> tuple[events.OnEvent, list[str]]:
+    """Return a listener that acts when the first task is done, and the targets it hears of."""
+    heard: list[str] = []
+
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.TaskDone):
+            heard.append(event.target)
+            if len(heard) == 1:
+                act()
+
+    return listen, heard
+
+
+def test_a_worker_is_killed(tmp_path: Path) -> None:
+    paths = heavy(tmp_path)
+    streammerge.merge(paths, tmp_path / "serial", workers=1, **HEAVY)
+    with cluster_of(tmp_path / "cluster", 3) as cluster:
+        listen, heard = at_first_task(lambda: kill(cluster.workers[1]))
+        streammerge.merge(
+            paths, tmp_path / "out", scheduler=cluster.address, on_event=listen, **HEAVY
+        )
+        runs = finished_runs(cluster)
+    assert sorted(heard) == sorted(set(heard))
+    assert len(heard) == 60
+    assert files(tmp_path / "out") == files(tmp_path / "serial")
+    # What the worker had done was not done again, but for what was on its way.
+    assert sum(runs.values()) <= len(runs) + 2
+
+
+def finished_runs(cluster: LocalCluster) -> dict[str, int]:
+    """How often each bundle was run to its end."""
+    from distributed import Client
+
+    with Client(cluster.address, set_as_default=False) as client:
+        log = client.run_on_scheduler(
+            lambda dask_scheduler: [
+                (str(key), finish) for key, _, finish, *_ in dask_scheduler.transition_log
+            ]
+        )
+    done = [key for key, finish in log if key.startswith("merge-") and finish == "memory"]
+    return {key: done.count(key) for key in done}
+
+
+def test_a_late_worker_gets_work(tmp_path: Path) -> None:
+    paths = heavy(tmp_path, targets=150)
+    with cluster_of(tmp_path / "cluster", 1) as cluster:
+        listen, _ = at_first_task(cluster.add_worker)
+        streammerge.merge(
+            paths, tmp_path / "out", scheduler=cluster.address, on_event=listen, **HEAVY
+        )
+        assert worked(cluster) == 2
+
+
+def worked(cluster: LocalCluster) -> int:
+    """How many workers have loaded torch, which only tasks do."""
+    mapped = [Path(f"/proc/{worker.pid}/maps").read_text() for worker in cluster.workers]
+    return sum("libtorch" in text for text in mapped)
+
+
+def test_a_task_that_costs_every_worker_its_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES", "0")
+    paths = heavy(tmp_path, targets=1, side=3000)
+    with cluster_of(tmp_path / "cluster", 1) as cluster:
+
+        def strike() -> None:
+            wait_until(lambda: list((tmp_path / ".out.streammerge" / ".parts").glob("*.part")))
+            kill(cluster.workers[0])
+
+        striking = threading.Thread(target=strike)
+        striking.start()
+        with pytest.raises(errors.WorkerError, match=r"model\.000, worker tcp://127.* lost"):
+            streammerge.merge(paths, tmp_path / "out", scheduler=cluster.address, **HEAVY)
+        striking.join()
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_task_that_always_fails(three: LocalCluster, tmp_path: Path) -> None:
+    """Its own error ends the run, and the cluster is as good as before."""
+    write_adapter(tmp_path / "good", {"up": linear(30, 20, 2)})
+    write_adapter(tmp_path / "bad", {"up": linear(30, 20, 2)}, seed=1)
+    spoil(tmp_path / "bad" / WEIGHTS)
+    with pytest.raises(errors.NonFiniteError, match=r"bad.*up\.lora_B\.weight") as caught:
+        streammerge.merge(
+            [tmp_path / "good", tmp_path / "bad"], tmp_path / "out", scheduler=three.address
+        )
+    assert caught.value.tensor.endswith("up.lora_B.weight")
+    assert not list(tmp_path.glob("*out*"))
+    streammerge.merge([tmp_path / "good"], tmp_path / "out", scheduler=three.address)
+
+
+def spoil(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-4:] = np.float32(np.nan).tobytes()
+    path.write_bytes(data)
+
+
+# ---------------------------------------------------------------------------------------------
+# Refused before any work
+
+
+def test_what_no_worker_can_hold_is_refused(tmp_path: Path) -> None:
+    paths = heavy(tmp_path, targets=1, side=3000)
+    with cluster_of(tmp_path / "cluster", 0) as cluster:
+        cluster.add_worker("--nthreads", "1", "--memory-limit", "380MiB")
+        began = time.monotonic()
+        with pytest.raises(errors.BudgetError, match=r"model\.000.*worker tcp://"):
+            streammerge.merge(paths, tmp_path / "out", scheduler=cluster.address, **HEAVY)
+        assert time.monotonic() - began < 30
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_more_memory_than_a_worker_has(sources: list[str], three: LocalCluster) -> None:
+    with pytest.raises(errors.ClusterError, match=r"768\.0 MiB, which is less than max_memory"):
+        streammerge.plan(sources, scheduler=three.address, max_memory="2GiB")
+
+
+def test_workers_that_round_differently(
+    sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with cluster_of(tmp_path / "cluster", 1) as cluster:
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+        cluster.add_worker()
+        wait_until(lambda: cluster.log().count("Registered to:") >= 2)
+        with pytest.raises(errors.ClusterError, match="mixed_hardware"):
+            streammerge.merge(sources, tmp_path / "out", scheduler=cluster.address)
+        assert not list(tmp_path.glob("*out*"))
+        streammerge.merge(sources, tmp_path / "out", scheduler=cluster.address, mixed_hardware=True)
+
+
+@pytest.mark.parametrize("scheduler", ["tcp://127.0.0.1:1", "nowhere.json"])
+def test_a_scheduler_that_is_not_there(
+    scheduler: str, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streammerge.executors import cluster
+
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1)
+    with pytest.raises(errors.ClusterError, match=scheduler):
+        streammerge.merge(sources, tmp_path / "out", scheduler=scheduler)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cluster_without_workers(
+    sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streammerge.executors import cluster
+
+    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 1)
+    with (
+        cluster_of(tmp_path / "cluster", 0) as empty,
+        pytest.raises(errors.ClusterError, match="no worker"),
+    ):
+        streammerge.plan(sources, scheduler=empty.address)
+
+
+def test_workers_and_a_cluster(sources: list[str], three: LocalCluster) -> None:
+    with pytest.raises(errors.RecipeError, match="workers"):
+        streammerge.plan(sources, scheduler=three.address, workers=2)
+
+
+def test_a_worker_that_sees_other_files(tmp_path: Path) -> None:
+    probe, data = tmp_path / "probe", tmp_path / "data"
+    probe.write_bytes(b"here")
+    data.write_bytes(b"1234")
+    status = data.stat()
+    file = TensorFile(str(data), 4, status.st_mtime_ns, status.st_ino)
+    assert look([file], str(probe), b"here") is None
+    assert "cannot write" in str(look([file], str(probe), b"there"))
+    assert "cannot write" in str(look([file], str(tmp_path / "no" / "probe"), b"here"))
+    os.utime(data, ns=(1, 1))
+    assert "sees another" in str(look([file], str(probe), b"here"))
+    data.unlink()
+    assert "does not see" in str(look([file], str(probe), b"here"))
+
+
+# ---------------------------------------------------------------------------------------------
+# Around it
+
+
+def test_the_command_line(sources: list[str], three: LocalCluster, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    arguments = ["merge", *sources, "-o", str(tmp_path / "out"), "--scheduler", str(three.file)]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    assert f"{len(LAYERS)} targets from 3 adapters" in done.output
+    refused = CliRunner().invoke(main, [*arguments[:-1], "nowhere.json", "--overwrite"])
+    assert refused.exit_code == 2
+    assert "nowhere.json" in refused.output
+
+
+def test_a_client_stays_open(sources: list[str], three: LocalCluster, tmp_path: Path) -> None:
+    from distributed import Client
+
+    with Client(three.address, set_as_default=False) as client:
+        streammerge.merge(sources, tmp_path / "out", scheduler=client)
+        assert client.submit(sum, [1, 2]).result() == 3
+
+
+def test_workers_stay_within_their_memory(tmp_path: Path) -> None:
+    paths = heavy(tmp_path, targets=6, side=2500)
+    with cluster_of(tmp_path / "cluster", 2) as cluster:
+        plan = streammerge.plan(paths, scheduler=cluster.address, **HEAVY)
+        allowed = plan.reserved_bytes + 60 * MIB
+        assert max(task.projected_bytes for task in plan.tasks) > 60 * MIB
+        streammerge.merge(
+            paths, tmp_path / "out", scheduler=cluster.address, max_memory=allowed, **HEAVY
+        )
+        peaks = [peak_of(worker.pid) for worker in cluster.workers]
+    assert max(peaks) <= allowed
+
+
+def peak_of(pid: int) -> int:
+    """VmHWM of a process, in bytes."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(text.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def test_no_port_is_opened(sources: list[str], three: LocalCluster, tmp_path: Path) -> None:
+    """Neither by the client, nor by the workers beyond loopback."""
+    listening: list[object] = []
+
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.TaskDone):
+            mine = psutil.Process().net_connections()
+            listening.extend(c for c in mine if c.status == psutil.CONN_LISTEN)
+
+    before = [c for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN]
+    streammerge.merge(sources, tmp_path / "out", scheduler=three.address, on_event=listen)
+    assert set(listening) <= set(before)
+    for worker in three.workers:
+        ports = psutil.Process(worker.pid).net_connections()
+        assert {c.laddr.ip for c in ports if c.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
+
+
+def test_errors_travel() -> None:
+    """With their facts and their message, whatever their constructors ask for."""
+    made = {
+        "str": "x",
+        "str | None": "x",
+        "int": 3,
+        "int | None": 3,
+        "float": 0.5,
+        "tuple[str, ...]": ("x", "y"),
+    }
+    kinds = [kind for kind in vars(errors).values() if inspect.isclass(kind)]
+    for kind in kinds:
+        if not issubclass(kind, errors.StreammergeError):
+            continue  # what the module imports
+        # A class without an __init__ of its own takes a message, as Exception does.
+        own = inspect.isfunction(kind.__init__)
+        parameters = inspect.signature(kind).parameters if own else {"message": None}
+        named = {name: made[p.annotation] for name, p in parameters.items() if name != "message"}
+        error = kind(*["what is wrong"] * ("message" in parameters), **named)
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is kind
+        assert str(again) == str(error)
+        assert vars(again) == vars(error)
