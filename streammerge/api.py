@@ -318,7 +318,8 @@ def _plan(
         copies = 1 if cluster is None else 2
         check_space(os.fspath(Path(output).resolve().parent), copies * planned.write_bytes)
     if place is not None:
-        check_space(place, planned.scratch_bytes)
+        spilling = 1 if cluster is None else cluster.size
+        check_space(place, spilling * planned.scratch_bytes)
     return planned, manifests
 
 

@@ -21,7 +21,7 @@ StreammergeError
 │   ├── OutputOverflowError      a merged value does not fit the output's dtype
 │   ├── ClampError               the clamp's quantile is negative on this target
 │   ├── MemoryExhaustedError     an allocation failed although the plan fitted the budget
-│   ├── WorkerError              a cluster's worker was lost, or is not like the others
+│   ├── WorkerError              a cluster or a worker of it was lost, or is not like the others
 │   ├── InputChangedError        an input file is not the one that was planned with
 │   └── StorageError             the output could not be written
 └── VerificationError            an output's bytes are not those that were recorded; exit code 1
@@ -310,17 +310,20 @@ class MemoryExhaustedError(MergeFailedError, MemoryError):
 
 
 class WorkerError(MergeFailedError):
-    """A worker of a cluster was lost again and again with a task, or is not like the others.
+    """A cluster was lost, or a worker again and again with a task, or is not like the others.
 
     Attributes:
-        worker: its address, None where it is not known.
+        worker: its address, None where it is not one of them.
         targets: the targets that it was to merge.
     """
 
-    def __init__(self, message: str, *, worker: str | None, targets: tuple[str, ...]) -> None:
+    def __init__(
+        self, message: str, *, worker: str | None = None, targets: tuple[str, ...] = ()
+    ) -> None:
         more = f" and {len(targets) - 1} more" if len(targets) > 1 else ""
-        who = f", worker {worker}" if worker else ""
-        super().__init__(f"{targets[0]}{more}{who}: {message}")
+        who = [f"worker {worker}"] if worker else []
+        what = [f"{targets[0]}{more}"] if targets else []
+        super().__init__(": ".join([*filter(None, [", ".join([*what, *who])]), message]))
         self.worker = worker
         self.targets = targets
 

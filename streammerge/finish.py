@@ -17,7 +17,7 @@ from streammerge.output.writer import region_checksum, sync_file
 from streammerge.planner.scaling import scalings
 from streammerge.plans import Plan, Task
 from streammerge.readers import read_adapter
-from streammerge.worker import Receipt, fingerprint
+from streammerge.worker import Receipt
 
 VERSION = metadata.version("streammerge")
 """Looked up when the module is loaded: a package that is not installed fails before the work."""
@@ -54,8 +54,18 @@ def finish(
     directory: Path,
     starts: Sequence[int],
     receipts: Sequence[Receipt],
+    *,
+    fingerprint: dict[str, Any],
 ) -> tuple[ModuleReport, ...]:
     """Read every region back, make the files durable, write config and record; return reports.
+
+    Args:
+        planned: what was done.
+        manifests: the adapters that it was done to.
+        directory: of the output's files.
+        starts: where each of these files' data begin.
+        receipts: in the order of the plan's tasks.
+        fingerprint: what decided the rounding of results.
 
     Raises:
         VerificationError: a region does not read back as it was written.
@@ -68,7 +78,7 @@ def finish(
     write_config(directory, planned)
     facts = {
         "streammerge": VERSION,
-        "fingerprint": fingerprint(planned.device),
+        "fingerprint": fingerprint,
         "inputs": _inputs(planned, manifests, receipts),
         "modules": {report.target: _facts(report) for report in modules},
     }

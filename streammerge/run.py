@@ -12,7 +12,7 @@ from streammerge.executors.serial import run_serial
 from streammerge.finish import ModuleReport, finish
 from streammerge.output.writer import allocate
 from streammerge.plans import Plan, Task
-from streammerge.worker import Job, Receipt
+from streammerge.worker import Job, Receipt, fingerprint
 
 if TYPE_CHECKING:
     from streammerge.executors.cluster import Cluster
@@ -41,7 +41,7 @@ def run_plan(
         MergeFailedError: a subclass of it says what failed.
     """
     if cluster is not None:
-        cluster.check_files(adapters, directory)
+        cluster.check_files(plan, adapters, directory)
     regions = [region for task in plan.tasks for region in (task.a, task.b)]
     starts = allocate(directory, plan.files, regions, plan.dtype)
     job = Job(plan, adapters, directory, starts)
@@ -54,7 +54,8 @@ def run_plan(
         receipts = _executor(plan, cluster)(job, on_receipt)
     finally:
         job.files.close()
-    return receipts, finish(plan, adapters, directory, starts, receipts)
+    found = fingerprint(plan.device) if cluster is None else cluster.fingerprint
+    return receipts, finish(plan, adapters, directory, starts, receipts, fingerprint=found)
 
 
 def _executor(

@@ -8,6 +8,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from streammerge.adapter import NameTable, TensorFile
 from streammerge.budget import MIB
 from streammerge.catalog import METHODS
 from streammerge.cli import main
-from streammerge.executors.remote import look
+from streammerge.executors.remote import Gate, look
 from streammerge.planner.part import take_part
 from streammerge.readers import read_adapters
 
@@ -186,7 +187,6 @@ def test_a_worker_is_killed(tmp_path: Path) -> None:
             paths, tmp_path / "out", scheduler=cluster.address, on_event=listen, **HEAVY
         )
         runs = finished_runs(cluster)
-    assert sorted(heard) == sorted(set(heard))
     assert len(heard) == 60
     assert files(tmp_path / "out") == files(tmp_path / "serial")
     # What the worker had done was not done again, but for what was on its way.
@@ -200,7 +200,7 @@ def finished_runs(cluster: LocalCluster) -> dict[str, int]:
     with Client(cluster.address, set_as_default=False) as client:
         log = client.run_on_scheduler(
             lambda dask_scheduler: [
-                (str(key), finish) for key, _, finish, *_ in dask_scheduler.transition_log
+                (str(entry.key), entry.finish) for entry in dask_scheduler.transition_log
             ]
         )
     done = [key for key, finish in log if key.startswith("merge-") and finish == "memory"]
@@ -209,18 +209,81 @@ def finished_runs(cluster: LocalCluster) -> dict[str, int]:
 
 def test_a_late_worker_gets_work(tmp_path: Path) -> None:
     paths = heavy(tmp_path, targets=150)
-    with cluster_of(tmp_path / "cluster", 1) as cluster:
-        listen, _ = at_first_task(cluster.add_worker)
+    from distributed import Client
+
+    with cluster_of(tmp_path / "cluster", 1) as cluster, Client(cluster.address) as client:
+        first, busy = at_first_task(cluster.add_worker)[0], set()
+
+        def listen(event: events.Event) -> None:
+            first(event)
+            busy.update(worker for worker, keys in client.processing().items() if keys)
+
         streammerge.merge(
             paths, tmp_path / "out", scheduler=cluster.address, on_event=listen, **HEAVY
         )
-        assert worked(cluster) == 2
+    assert len(busy) == 2
 
 
-def worked(cluster: LocalCluster) -> int:
-    """How many workers have loaded torch, which only tasks do."""
-    mapped = [Path(f"/proc/{worker.pid}/maps").read_text() for worker in cluster.workers]
-    return sum("libtorch" in text for text in mapped)
+def test_a_late_worker_that_rounds_differently(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = heavy(tmp_path, targets=150)
+    with cluster_of(tmp_path / "cluster", 1) as cluster:
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+        listen, _ = at_first_task(cluster.add_worker)
+        with pytest.raises(errors.WorkerError, match=r"'DEFAULT'.*mixed_hardware"):
+            streammerge.merge(
+                paths, tmp_path / "out", scheduler=cluster.address, on_event=listen, **HEAVY
+            )
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_the_scheduler_is_lost(tmp_path: Path) -> None:
+    paths = heavy(tmp_path, targets=150)
+    with cluster_of(tmp_path / "cluster", 1) as cluster:
+        listen, _ = at_first_task(lambda: kill(cluster.scheduler))
+        with pytest.raises(errors.WorkerError, match="the cluster was lost"):
+            streammerge.merge(
+                paths, tmp_path / "out", scheduler=cluster.address, on_event=listen, **HEAVY
+            )
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_all_workers_are_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from streammerge.executors import cluster as module
+
+    paths = heavy(tmp_path, targets=150)
+    with cluster_of(tmp_path / "cluster", 1) as cluster:
+
+        def strike() -> None:
+            monkeypatch.setattr(module, "ANSWER_SECONDS", 1)
+            kill(cluster.workers[0])
+
+        listen, _ = at_first_task(strike)
+        with pytest.raises(errors.WorkerError, match="no worker any more"):
+            streammerge.merge(
+                paths, tmp_path / "out", scheduler=cluster.address, on_event=listen, **HEAVY
+            )
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_gate_lets_in_what_the_plan_says() -> None:
+    """Never more than its slots at once, and what is alone is alone."""
+    gate, inside, seen = Gate(3), [], []
+
+    def go(number: int) -> None:
+        alone = number % 5 == 0
+        with gate.passed(alone=alone):
+            inside.append(alone)
+            seen.append((len(inside), any(inside)))
+            time.sleep(0.002)
+            seen.append((len(inside), any(inside)))
+            inside.remove(alone)
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(go, range(120)))
+    assert {count for count, alone in seen if alone} == {1}
+    assert max(count for count, _ in seen) == 3
 
 
 def test_a_task_that_costs_every_worker_its_life(
@@ -231,7 +294,7 @@ def test_a_task_that_costs_every_worker_its_life(
     with cluster_of(tmp_path / "cluster", 1) as cluster:
 
         def strike() -> None:
-            wait_until(lambda: list((tmp_path / ".out.streammerge" / ".parts").glob("*.part")))
+            wait_until(lambda: list((tmp_path / ".out.streammerge").glob(".streammerge-*/*.part")))
             kill(cluster.workers[0])
 
         striking = threading.Thread(target=strike)
@@ -245,6 +308,8 @@ def test_a_task_that_costs_every_worker_its_life(
 
 def test_a_task_that_always_fails(three: LocalCluster, tmp_path: Path) -> None:
     """Its own error ends the run, and the cluster is as good as before."""
+    from distributed import Client
+
     write_adapter(tmp_path / "good", {"up": linear(30, 20, 2)})
     write_adapter(tmp_path / "bad", {"up": linear(30, 20, 2)}, seed=1)
     spoil(tmp_path / "bad" / WEIGHTS)
@@ -254,6 +319,8 @@ def test_a_task_that_always_fails(three: LocalCluster, tmp_path: Path) -> None:
         )
     assert caught.value.tensor.endswith("up.lora_B.weight")
     assert not list(tmp_path.glob("*out*"))
+    with Client(three.address, set_as_default=False) as client:
+        wait_until(lambda: not any(client.processing().values()))
     streammerge.merge([tmp_path / "good"], tmp_path / "out", scheduler=three.address)
 
 
@@ -332,13 +399,14 @@ def test_a_worker_that_sees_other_files(tmp_path: Path) -> None:
     data.write_bytes(b"1234")
     status = data.stat()
     file = TensorFile(str(data), 4, status.st_mtime_ns, status.st_ino)
-    assert look([file], str(probe), b"here") is None
-    assert "cannot write" in str(look([file], str(probe), b"there"))
-    assert "cannot write" in str(look([file], str(tmp_path / "no" / "probe"), b"here"))
+    assert look([file], str(probe), b"here", str(tmp_path)) is None
+    assert "no such directory" in str(look([file], str(probe), b"here", str(tmp_path / "no")))
+    assert "sees another" in str(look([file], str(probe), b"there", None))
+    assert "cannot write" in str(look([file], str(tmp_path / "no" / "probe"), b"here", None))
     os.utime(data, ns=(1, 1))
-    assert "sees another" in str(look([file], str(probe), b"here"))
+    assert f"sees another {data}" in str(look([file], str(probe), b"here", None))
     data.unlink()
-    assert "does not see" in str(look([file], str(probe), b"here"))
+    assert "does not see" in str(look([file], str(probe), b"here", None))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -9,16 +9,21 @@ from streammerge.plans import Task
 BUNDLES_PER_THREAD = 16
 """Small targets share a node of the graph; more nodes balance better and cost more scheduling."""
 
+BUNDLE_SOURCES = 2**15
+"""Factor pairs of a bundle at most: to a cluster's worker they travel with it, some 100 bytes
+each."""
+
 
 def bundles(tasks: Sequence[Task], threads: int) -> list[tuple[Task, ...]]:
     """Cut the tasks, in order, into bundles of about equal work."""
     share = sum(task.flops + task.read_bytes for task in tasks) / (threads * BUNDLES_PER_THREAD)
     result: list[list[Task]] = []
-    room = 0.0
+    room, sources = 0.0, 0
     for task in tasks:
-        if room <= 0 or not result:
+        sources += task.last - task.first
+        if room <= 0 or sources > BUNDLE_SOURCES or not result:
             result.append([])
-            room = share
+            room, sources = share, task.last - task.first
         result[-1].append(task)
         room -= task.flops + task.read_bytes
     return [tuple(bundle) for bundle in result]

@@ -4,38 +4,46 @@ from __future__ import annotations
 
 import os
 import pickle
+import pkgutil
+import shutil
+import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from distributed import Client, as_completed, wait
-from distributed.scheduler import KilledWorker
+from distributed.scheduler import KilledWorker, NoValidWorkerError, NoWorkerError
 
 from streammerge.adapter import Adapter
 from streammerge.budget import HEADROOM, Budget, Device, format_size
-from streammerge.errors import ClusterError, WorkerError
+from streammerge.errors import ClusterError, StorageError, StreammergeError, WorkerError
 from streammerge.executors.bundles import bundles, node_name
-from streammerge.executors.remote import Gate, WorkerFacts, describe, look, run_bundle
+from streammerge.executors.remote import Terms, WorkerFacts, describe, look, run_bundle
 from streammerge.output.parts import seal
-from streammerge.output.writer import write_file
 from streammerge.planner.part import take_part
-from streammerge.plans import Task
+from streammerge.plans import Plan, Task
 from streammerge.worker import Job, Receipt
+
+VERSION = metadata.version("streammerge")
 
 CONNECT_SECONDS = 30
 """How long is waited for the scheduler."""
 
 ANSWER_SECONDS = 300
-"""How long is waited for a first worker, and for the answers of all: jobs may stand in a queue,
-and loading torch over a network takes a while."""
+"""How long is waited for a first worker, for the answers of all, and, during the work, while there
+is none: jobs may stand in a queue, and loading torch over a network takes a while."""
 
-SAFE_SHARE = 0.75
-"""Of a worker's memory limit: at 0.8 of it dask lets a worker begin no more tasks."""
+POLL_SECONDS = 5
+"""How often it is looked, while nothing comes back, whether the workers are still there."""
+
+LOST = (CancelledError, OSError, KilledWorker, NoWorkerError, NoValidWorkerError)
+"""What distributed raises where a connection, the scheduler or all workers are lost."""
 
 
 class Cluster:
@@ -56,6 +64,7 @@ class Cluster:
             self._client = scheduler
         else:
             self._client = self._open.enter_context(_connect(os.fspath(scheduler)))
+        self._run = f"streammerge-{uuid.uuid4().hex[:8]}"
         self._workers: list[WorkerFacts] = []
         self._mixed = False
 
@@ -69,7 +78,21 @@ class Cluster:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._open.close()
+        with suppress(*LOST):
+            self._open.close()
+
+    @property
+    def size(self) -> int:
+        """How many workers have answered."""
+        return len(self._workers)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the rounding of results on the workers; what each has, where it differs."""
+        found = self._workers[0].fingerprint
+        if all(worker.fingerprint == found for worker in self._workers):
+            return dict(found)
+        return {"mixed": [worker.fingerprint for worker in self._workers]}
 
     def survey(
         self, max_memory: int | None, device: str, max_vram: int | None, *, mixed_hardware: bool
@@ -90,33 +113,22 @@ class Cluster:
             RecipeError: a worker has no such device.
         """
         self._mixed = mixed_hardware
-        with suppress(TimeoutError):
-            self._client.wait_for_workers(1, timeout=ANSWER_SECONDS)
-        self._workers = self._ask(describe, device, max_vram)
+        with _lost_as(ClusterError):
+            self._check_scheduler()
+            with suppress(TimeoutError):
+                self._client.wait_for_workers(1, timeout=ANSWER_SECONDS)
+            # By name, so that a worker without it says so; a function that it cannot load would
+            # end it.
+            self._ask(pkgutil.resolve_name, "streammerge.executors.remote:describe")
+            self._workers = list(self._ask(describe, device, max_vram).values())
         if not self._workers:
             raise ClusterError(f"no worker has come within {ANSWER_SECONDS} s")
         self._check_alike()
-        allowed, least = min(
-            (_allowed(worker, self._workers), worker.address) for worker in self._workers
+        return self._budget(max_memory), min(
+            (worker.device for worker in self._workers), key=lambda found: found.allowed_bytes
         )
-        origin = f"worker {least}"
-        if max_memory is not None:
-            if max_memory > allowed:
-                raise ClusterError(
-                    f"may take {format_size(allowed)}, which is less than max_memory, "
-                    f"{format_size(max_memory)}",
-                    worker=least,
-                )
-            allowed, origin = max_memory, "max_memory, for each worker"
-        budget = Budget(
-            allowed_bytes=allowed,
-            origin=origin,
-            process_bytes=max(worker.process_bytes for worker in self._workers),
-            threads=max(worker.threads for worker in self._workers),
-        )
-        return budget, min((w.device for w in self._workers), key=lambda d: d.allowed_bytes)
 
-    def check_files(self, adapters: Sequence[Adapter], directory: Path) -> None:
+    def check_files(self, plan: Plan, adapters: Sequence[Adapter], directory: Path) -> None:
         """Check that all workers see the inputs and the output's directory as they are here.
 
         Raises:
@@ -124,15 +136,14 @@ class Cluster:
         """
         files = [file for adapter in adapters for file in adapter.files]
         content = uuid.uuid4().bytes
-        probe = directory / ".probe"
-        probe.write_bytes(content)
-        try:
-            problems = self._ask(look, files, str(probe), content)
-        finally:
-            probe.unlink()
-        for worker, problem in zip(self._workers, problems, strict=False):
+        parts = self._make_directory(directory)
+        probe = parts / "probe"
+        _write(probe, content)
+        with _lost_as(ClusterError):
+            problems = self._ask(look, files, str(probe), content, plan.scratch)
+        for worker, problem in problems.items():
             if problem:
-                raise ClusterError(problem, worker=worker.address)
+                raise ClusterError(problem, worker=worker)
 
     def run(self, job: Job, on_receipt: Callable[[Task, Receipt], None]) -> list[Receipt]:
         """Run all tasks of a job on the workers and seal what they write into the output.
@@ -141,32 +152,37 @@ class Cluster:
             The receipts in the plan's order.
 
         Raises:
-            WorkerError: a worker was lost again and again with a task.
+            WorkerError: the cluster was lost, or a worker again and again with a task.
             MergeFailedError: a subclass of it says what failed.
         """
-        run = f"streammerge-{uuid.uuid4().hex[:8]}"
-        directory = job.directory / ".parts"
-        directory.mkdir(mode=0o700)
-        threads = sum(worker.threads for worker in self._workers)
-        self._client.register_plugin(Gate(run, job.plan.concurrency))
+        directory = self._make_directory(job.directory)
         futures: dict[Any, tuple[Task, ...]] = {}
-        expected = None if self._mixed else self._workers[0].fingerprint
         try:
-            for number, bundle in enumerate(bundles(job.plan.tasks, threads)):
-                path = directory / f"{number:05d}.tasks"
-                write_file(path, pickle.dumps(take_part(job.plan, job.adapters, bundle)))
-                key = f"{node_name(bundle, number)}-{run}"
-                future = self._client.submit(run_bundle, str(path), run, expected, key=key)
-                futures[future] = bundle
-            done = self._collect(job, futures, on_receipt)
+            with _lost_as(WorkerError):
+                self._submit(job, directory, futures)
+                done = self._collect(job, futures, on_receipt)
         finally:
-            self._client.cancel(list(futures))
-            self._client.unregister_worker_plugin(run)
-        for path in directory.iterdir():
-            # Of attempts that were lost, and the bundles.
-            path.unlink()
-        directory.rmdir()
+            with suppress(*LOST):
+                self._client.cancel(list(futures))
+            left = _remove(directory)
+        if left:
+            raise StorageError("cannot be removed", path=str(left))
         return [done[task.target] for task in job.plan.tasks]
+
+    def _submit(self, job: Job, directory: Path, futures: dict[Any, tuple[Task, ...]]) -> None:
+        """Give the scheduler all bundles."""
+        terms = Terms(
+            run=self._run,
+            version=VERSION,
+            fingerprint=None if self._mixed else self._workers[0].fingerprint,
+        )
+        threads = sum(worker.threads for worker in self._workers)
+        for number, bundle in enumerate(bundles(job.plan.tasks, threads)):
+            path = directory / f"{number:05d}.tasks"
+            _write(path, pickle.dumps(take_part(job.plan, job.adapters, bundle)))
+            key = f"{node_name(bundle, number)}-{self._run}"
+            future = self._client.submit(run_bundle, str(path), terms, key=key)
+            futures[future] = bundle
 
     def _collect(
         self,
@@ -177,7 +193,7 @@ class Cluster:
         """Seal the parts as they come; return the receipts by target."""
         names = [file.name for file in job.plan.files]
         done: dict[str, Receipt] = {}
-        for future in as_completed(list(futures)):
+        for future in self._finished(futures):
             bundle = futures.pop(future)
             part, receipts = _result(future, bundle)
             # Released, or its tasks would run again if the worker were lost later.
@@ -191,36 +207,60 @@ class Cluster:
                 on_receipt(task, receipt)
         return done
 
-    def _ask(self, question: Callable[..., Any], *args: Any) -> list[Any]:
-        """Return every worker's answer; those that have answered once, if any have, in order."""
-        known = [worker.address for worker in self._workers]
-        addresses = known or sorted(self._client.scheduler_info(n_workers=-1)["workers"])
-        futures = [
-            self._client.submit(question, *args, workers=[address], pure=False)
-            for address in addresses
-        ]
+    def _finished(self, futures: dict[Any, tuple[Task, ...]]) -> Iterator[Any]:
+        """Yield futures as they finish, until there are none; the caller takes them out."""
+        seen = time.monotonic()
+        while futures:
+            try:
+                yield from as_completed(list(futures), timeout=POLL_SECONDS)
+            except TimeoutError:
+                if self._addresses():
+                    seen = time.monotonic()
+                elif time.monotonic() - seen > ANSWER_SECONDS:
+                    raise WorkerError("there is no worker any more") from None
+
+    def _ask(self, question: Callable[..., Any], *args: Any) -> dict[str, Any]:
+        """Return every worker's answer by its address; workers that leave meanwhile have none."""
+        answers: dict[str, Any] = {}
+        asked = {
+            address: self._client.submit(question, *args, workers=[address], pure=False)
+            for address in self._addresses()
+        }
+        end = time.monotonic() + ANSWER_SECONDS
         try:
-            wait(futures, timeout=ANSWER_SECONDS)
-            return [future.result() for future in futures]
-        except TimeoutError as error:
-            late = [a for a, f in zip(addresses, futures, strict=True) if not f.done()]
-            raise ClusterError(
-                f"has not answered within {ANSWER_SECONDS} s", worker=late[0]
-            ) from error
-        except (ImportError, AttributeError) as error:
-            raise ClusterError(
-                f"the workers cannot load streammerge {metadata.version('streammerge')} ({error})"
-            ) from error
+            while asked:
+                with suppress(TimeoutError):
+                    wait(list(asked.values()), timeout=POLL_SECONDS)
+                for address in [a for a, future in asked.items() if future.done()]:
+                    answers[address] = _answer(asked.pop(address), address)
+                there = self._addresses()
+                asked = {a: future for a, future in asked.items() if a in there}
+                if asked and time.monotonic() > end:
+                    raise ClusterError(
+                        f"has not answered within {ANSWER_SECONDS} s", worker=min(asked)
+                    )
         finally:
-            self._client.cancel(futures)
+            with suppress(*LOST):
+                self._client.cancel(list(asked.values()))
+        return answers
+
+    def _addresses(self) -> list[str]:
+        return sorted(self._client.scheduler_info(n_workers=-1)["workers"])
+
+    def _check_scheduler(self) -> None:
+        try:
+            version = self._client.run_on_scheduler(metadata.version, "streammerge")
+        except metadata.PackageNotFoundError as error:
+            raise ClusterError("the scheduler's environment has no streammerge") from error
+        if version != VERSION:
+            raise ClusterError(f"the scheduler has streammerge {version}, not {VERSION}")
 
     def _check_alike(self) -> None:
         first = self._workers[0]
         for worker in self._workers:
-            if worker.version != metadata.version("streammerge"):
+            if worker.version != VERSION:
                 raise ClusterError(
-                    f"has streammerge {worker.version}, not {metadata.version('streammerge')}",
-                    worker=worker.address,
+                    f"has streammerge {worker.version}, not {VERSION}", worker=worker.address
                 )
             if not self._mixed and worker.fingerprint != first.fingerprint:
                 raise ClusterError(
@@ -229,6 +269,35 @@ class Cluster:
                     "Choose like ones, or allow it with mixed_hardware",
                     worker=worker.address,
                 )
+
+    def _budget(self, max_memory: int | None) -> Budget:
+        allowed, least = min(
+            (_allowed(worker, self._workers), worker.address) for worker in self._workers
+        )
+        origin = f"worker {least}"
+        if max_memory is not None:
+            if max_memory > allowed:
+                raise ClusterError(
+                    f"may take {format_size(allowed)}, which is less than max_memory, "
+                    f"{format_size(max_memory)}",
+                    worker=least,
+                )
+            allowed, origin = max_memory, "max_memory, for each worker"
+        return Budget(
+            allowed_bytes=allowed,
+            origin=origin,
+            process_bytes=max(worker.process_bytes for worker in self._workers),
+            threads=max(worker.threads for worker in self._workers),
+        )
+
+    def _make_directory(self, output: Path) -> Path:
+        """Return where this run's bundles and parts lie; nobody else may write there."""
+        directory = output / f".{self._run}"
+        try:
+            directory.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot be made ({error.strerror})", path=str(directory)) from error
+        return directory
 
 
 def _connect(scheduler: str) -> Client:
@@ -242,16 +311,35 @@ def _connect(scheduler: str) -> Client:
         where = {"scheduler_file": str(file)}
     try:
         return Client(**where, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, TimeoutError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ClusterError(f"scheduler {scheduler}: cannot be reached ({error})") from error
+
+
+@contextmanager
+def _lost_as(kind: type[ClusterError] | type[WorkerError]) -> Iterator[None]:
+    """Turn what distributed raises where the cluster is lost into an error of ours."""
+    try:
+        yield
+    except StreammergeError:
+        raise  # some of them are OSErrors
+    except LOST as error:
+        raise kind(f"the cluster was lost ({type(error).__name__}: {error})") from error
 
 
 def _allowed(worker: WorkerFacts, workers: Sequence[WorkerFacts]) -> int:
     """Return what a worker's process may take."""
     beside = Counter(other.host for other in workers)[worker.host]
     granted = int(worker.granted_bytes * HEADROOM) // beside
-    limit = worker.memory_limit
-    return granted if limit is None else min(granted, int(limit * SAFE_SHARE))
+    return granted if worker.limit_bytes is None else min(granted, worker.limit_bytes)
+
+
+def _answer(future: Any, address: str) -> Any:
+    try:
+        return future.result()
+    except (ImportError, AttributeError) as error:
+        raise ClusterError(
+            f"cannot load streammerge {VERSION} ({error})", worker=address
+        ) from error
 
 
 def _result(future: Any, bundle: Sequence[Task]) -> tuple[str, list[Receipt]]:
@@ -265,3 +353,21 @@ def _result(future: Any, bundle: Sequence[Task]) -> tuple[str, list[Receipt]]:
             targets=tuple(task.target for task in bundle),
         ) from error
     return result
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise StorageError(f"cannot be written ({error.strerror})", path=str(path)) from error
+
+
+def _remove(directory: Path) -> Path | None:
+    """Remove a run's directory, in which workers may still be writing; return it if it stays."""
+    # Under another name first: what they write from now on has nowhere to go.
+    gone = directory.with_name(f"{directory.name}-over")
+    with suppress(OSError):
+        directory.rename(gone)
+    for _ in range(2):
+        shutil.rmtree(gone, ignore_errors=True)
+    return gone if gone.exists() else None

@@ -1,31 +1,31 @@
 """What a worker of a dask cluster does: says what it is, looks at files, runs bundles of tasks.
 
-These functions are sent by name, so a worker needs streammerge of the same version. What they are
-given and return is small: a bundle's plan and manifests lie in a file beside the output, which all
-workers see.
+These functions are sent by name, so scheduler and workers need streammerge. What they are given and
+return is small: a bundle's plan and manifests lie in a file beside the output, which all workers
+see.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
 import platform
 import threading
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import cast
 
-from distributed import get_worker
-from distributed.diagnostics.plugin import WorkerPlugin
+from distributed import Worker, get_worker
 
 from streammerge.adapter import Adapter, TensorFile
-from streammerge.budget import Device, granted_by_machine
-from streammerge.errors import WorkerError
+from streammerge.budget import Device, format_size, granted_by_machine
+from streammerge.errors import RecipeError, WorkerError
 from streammerge.output.parts import make_part
+from streammerge.output.space import find_scratch
 from streammerge.output.writer import sync_file
 from streammerge.plans import OutputFile, Plan, Task
 from streammerge.worker import (
@@ -40,6 +40,9 @@ from streammerge.worker import (
     warm_up,
 )
 
+SAFE_SHARE = 0.75
+"""Of a worker's memory limit: at 0.8 of it dask lets a worker begin no more tasks."""
+
 
 @dataclass(frozen=True)
 class WorkerFacts:
@@ -49,14 +52,26 @@ class WorkerFacts:
     host: str
     version: str
     threads: int
-    memory_limit: int | None
-    """dask's; a worker that exceeds it is stopped. None where it has none."""
+    limit_bytes: int | None
+    """What it may take of the memory limit beyond which dask stops it; None where it has none."""
     granted_bytes: int
-    """What its machine grants one process; shared by the workers there that have no limit."""
+    """What its machine grants one process; shared by the workers there."""
     process_bytes: int
     """What it holds before any task, with all libraries loaded and warm."""
     fingerprint: dict[str, str]
     device: Device
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a worker of a run must be like; one that comes late is held to it with each bundle."""
+
+    run: str
+    """Name of the run."""
+    version: str
+    """Of streammerge."""
+    fingerprint: dict[str, str] | None
+    """What decides the rounding of results; None if any will do."""
 
 
 def describe(device: str, max_vram: int | None) -> WorkerFacts:
@@ -75,7 +90,7 @@ def describe(device: str, max_vram: int | None) -> WorkerFacts:
         host=platform.node(),
         version=metadata.version("streammerge"),
         threads=worker.state.nthreads,
-        memory_limit=worker.memory_manager.memory_limit,
+        limit_bytes=_limit(worker),
         granted_bytes=min(granted_by_machine())[0],
         process_bytes=measure_process(),
         fingerprint=fingerprint(device),
@@ -83,40 +98,56 @@ def describe(device: str, max_vram: int | None) -> WorkerFacts:
     )
 
 
-def look(files: Sequence[TensorFile], probe: str, content: bytes) -> str | None:
-    """Return what is wrong with the worker's view of inputs and output; None if nothing is."""
+def look(
+    files: Sequence[TensorFile], probe: str, content: bytes, scratch: str | None
+) -> str | None:
+    """Return what is wrong with the worker's view of its files; None if nothing is.
+
+    Args:
+        files: the inputs.
+        probe: a file that was just written where parts will be.
+        content: what is in it.
+        scratch: directory for tiles.
+    """
     for file in files:
         try:
             status = Path(file.path).stat()
         except OSError as error:
-            return f"it does not see {file.path} ({error.strerror})"
-        if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-            return f"it sees another {file.path}"
+            return f"does not see {file.path} ({error.strerror})"
+        if (status.st_size, status.st_mtime_ns, status.st_ino) != (
+            file.size,
+            file.mtime_ns,
+            file.inode,
+        ):
+            return f"sees another {file.path}"
+    directory = Path(probe).parent
     try:
-        if Path(probe).read_bytes() == content and os.access(Path(probe).parent, os.W_OK):
-            return None
-    except OSError:
-        pass
-    return f"it cannot write to {Path(probe).parent}, where the output is made"
+        if Path(probe).read_bytes() != content:
+            return f"sees another {directory}"
+        # What may be written is known by writing.
+        mine = directory / uuid.uuid4().hex
+        mine.touch()
+        mine.unlink()
+        find_scratch(scratch or "none", None)
+    except OSError as error:
+        return f"cannot write to {directory} ({error.strerror}), where the output is made"
+    except RecipeError as error:
+        return str(error)
+    return None
 
 
-class Gate(WorkerPlugin):
+class Gate:
     """Holds a worker to the plan: so many tasks in flight at once, or one that is alone."""
 
-    def __init__(self, run: str, slots: int) -> None:
-        """Make it for the run of this name; it is set up on all workers, late ones too."""
-        self.name = run
+    def __init__(self, slots: int) -> None:
         self._slots = slots
-
-    def setup(self, worker: object) -> None:  # noqa: ARG002  # dask's signature
-        """Make what cannot be sent."""
-        self._free = threading.Semaphore(self._slots)
+        self._free = threading.Semaphore(slots)
         self._door = threading.Lock()
 
     @contextmanager
-    def passed(self, task: Task) -> Iterator[None]:
+    def passed(self, *, alone: bool) -> Iterator[None]:
         """Wait for room for a task and keep it as long as the block lasts."""
-        needed = self._slots if task.alone else 1
+        needed = self._slots if alone else 1
         # One at a time waits, so a task that needs all slots gets them as others end.
         with self._door:
             for _ in range(needed):
@@ -127,19 +158,26 @@ class Gate(WorkerPlugin):
             self._free.release(needed)
 
 
-def run_bundle(path: str, run: str, expected: dict[str, str] | None) -> tuple[str, list[Receipt]]:
+@lru_cache(maxsize=256)
+def _gate_of(run: str, address: str, slots: int) -> Gate:  # noqa: ARG001  # they tell gates apart
+    return Gate(slots)
+
+
+_MAKING_GATES = threading.Lock()
+
+
+def run_bundle(path: str, terms: Terms) -> tuple[str, list[Receipt]]:
     """Run the tasks of a bundle and write what comes out into a part file of this attempt.
 
     Args:
         path: where the bundle's plan and manifests lie.
-        run: name of the run.
-        expected: the numeric fingerprint that the worker must have; None if any will do.
+        terms: what the worker must be like.
 
     Returns:
         The part file and the receipts, in the order of the tasks.
 
     Raises:
-        WorkerError: the worker rounds in another way than those that the run began with.
+        WorkerError: the worker is not like those that the run began with.
         MergeFailedError: a subclass of it says what failed.
     """
     worker = get_worker()
@@ -147,27 +185,42 @@ def run_bundle(path: str, run: str, expected: dict[str, str] | None) -> tuple[st
     warm_up()
     # The file was written by this very run, into a directory that only its user may write to.
     plan, adapters = pickle.loads(Path(path).read_bytes())
-    found = fingerprint(plan.device)
-    if expected not in (None, found):
+    problem = _misfit(worker, plan, terms)
+    if problem:
         targets = tuple(task.target for task in plan.tasks)
-        message = f"computes with {found}, the others with {expected}; see mixed_hardware"
-        raise WorkerError(message, worker=worker.address, targets=targets)
-    return _run(plan, adapters, Path(path).parent, cast(Gate, worker.plugins[run]))
+        raise WorkerError(problem, worker=worker.address, targets=targets)
+    with _MAKING_GATES:
+        gate = _gate_of(terms.run, worker.address, plan.concurrency)
+    return _run(plan, adapters, Path(path), gate, worker.state.nthreads)
+
+
+def _misfit(worker: Worker, plan: Plan, terms: Terms) -> str | None:
+    """Return why a worker must not run tasks of a plan."""
+    if metadata.version("streammerge") != terms.version:
+        return f"has streammerge {metadata.version('streammerge')}, the others {terms.version}"
+    found, limit = fingerprint(plan.device), _limit(worker)
+    if terms.fingerprint not in (None, found):
+        return f"computes with {found}, the others with {terms.fingerprint}; see mixed_hardware"
+    if limit is not None and limit < plan.projected_bytes:
+        return f"may take {format_size(limit)}, the plan {format_size(plan.projected_bytes)}"
+    return None
 
 
 def _run(
-    plan: Plan, adapters: Sequence[Adapter], directory: Path, gate: Gate
+    plan: Plan, adapters: Mapping[int, Adapter], path: Path, gate: Gate, threads: int
 ) -> tuple[str, list[Receipt]]:
-    part = make_part(directory, plan.write_bytes)
+    part = make_part(path.parent, plan.write_bytes)
     plan = replace(plan, files=(OutputFile(part.name, plan.write_bytes),))
-    job = Job(plan, adapters, directory, starts=(0,))
+    job = Job(plan, adapters, path.parent, starts=(0,))
     receipts = []
     try:
         with one_thread_each():
             for task in plan.tasks:
-                with gate.passed(task), ThreadPoolExecutor(task.lanes) as pool:
-                    each = Lanes(pool, task.lanes, job.stopped) if task.alone else map
-                    receipts.append(run_task(job, task, each))
+                with gate.passed(alone=task.alone):
+                    receipts.append(_run_task(job, task, threads))
+                if not path.exists():
+                    # The run is over, and nobody hears of this.
+                    job.stopped.set()
         sync_file(part)
     except BaseException:
         part.unlink(missing_ok=True)
@@ -175,3 +228,16 @@ def _run(
     finally:
         job.files.close()
     return str(part), receipts
+
+
+def _run_task(job: Job, task: Task, threads: int) -> Receipt:
+    lanes = min(task.lanes, threads)
+    if not task.alone or lanes == 1:
+        return run_task(job, task)
+    with ThreadPoolExecutor(lanes) as pool:
+        return run_task(job, task, Lanes(pool, lanes, job.stopped))
+
+
+def _limit(worker: Worker) -> int | None:
+    limit = worker.memory_manager.memory_limit
+    return None if limit is None else int(limit * SAFE_SHARE)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from streammerge.errors import StorageError, VerificationError
-from streammerge.output.writer import READ_BYTES, RegionWriter
+from streammerge.output.writer import RegionWriter, read_pieces
 from streammerge.plans import Region
 
 
@@ -54,13 +54,8 @@ def seal(
             for region, checksum in moves:
                 path = directory / names[region.file]
                 with RegionWriter(path, starts[region.file], region) as writer:
-                    left = region.nbytes
-                    while left:
-                        data = stream.read(min(left, READ_BYTES))
-                        if not data:
-                            raise StorageError(f"ends inside {region.name}", path=str(part))
-                        writer.append(memoryview(data))
-                        left -= len(data)
+                    for data in read_pieces(stream, region):
+                        writer.append(data)
                 if writer.checksum != checksum:
                     problem = f"{region.name} does not read back as it was written"
                     raise VerificationError(path=str(part), problems=(problem,))

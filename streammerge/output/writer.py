@@ -8,9 +8,11 @@ end.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
@@ -20,7 +22,8 @@ from streammerge.errors import StorageError
 from streammerge.output.header import render_header
 from streammerge.plans import OutputFile, Region
 
-READ_BYTES = 8 * 1024**2
+READ_BYTES = 1024**2
+"""So much is read back at once."""
 
 BEHIND_BYTES = 4 * 1024**2
 """So much is written before the system is asked to begin to bring it to the disk."""
@@ -149,13 +152,8 @@ def region_checksum(path: Path, data_start: int, region: Region) -> str:
     try:
         with path.open("rb", buffering=0) as stream:
             stream.seek(data_start + region.offset)
-            left = region.nbytes
-            while left:
-                data = stream.read(min(left, READ_BYTES))
-                if not data:
-                    raise StorageError(f"ends inside {region.name}", path=str(path))
+            for data in read_pieces(stream, region):
                 digest.update(data)
-                left -= len(data)
     except OSError as error:
         if isinstance(error, StorageError):
             raise
@@ -163,6 +161,22 @@ def region_checksum(path: Path, data_start: int, region: Region) -> str:
             f"{region.name} cannot be read back ({error.strerror})", path=str(path)
         ) from error
     return digest.hexdigest()
+
+
+def read_pieces(stream: FileIO, region: Region) -> Iterator[memoryview]:
+    """Yield a region's bytes from where a file stands, a piece at a time, in one buffer.
+
+    Raises:
+        StorageError: the file ends inside it.
+    """
+    # A map, for it begins at a page: the system copies to other places at a quarter of the speed.
+    room, left = memoryview(mmap.mmap(-1, READ_BYTES)), region.nbytes
+    while left:
+        read = stream.readinto(room[: min(left, READ_BYTES)])
+        if not read:
+            raise StorageError(f"ends inside {region.name}", path=str(stream.name))
+        yield room[:read]
+        left -= read
 
 
 def write_file(path: Path, data: bytes) -> None:

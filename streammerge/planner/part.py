@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,27 +12,27 @@ from streammerge.plans import OutputFile, Plan, Region, Sources, Task
 
 
 def take_part(
-    plan: Plan, adapters: Sequence[Adapter], tasks: Sequence[Task]
-) -> tuple[Plan, list[Adapter]]:
+    plan: Plan, adapters: Sequence[Adapter] | Mapping[int, Adapter], tasks: Sequence[Task]
+) -> tuple[Plan, dict[int, Adapter]]:
     """Return a plan of some of a plan's tasks, which write into one file, one after another.
 
     Adapters keep their positions, for weights and random masks go by them.
 
     Args:
         plan: the whole.
-        adapters: its manifests.
+        adapters: its manifests, by their positions.
         tasks: some of its tasks.
 
     Returns:
-        The part, and manifests of the rows that it needs.
+        The part, and by position the manifests of the rows that it needs.
     """
     rows = np.concatenate([np.arange(task.first, task.last) for task in tasks])
     positions, old_rows = plan.sources.adapter[rows], plan.sources.row[rows]
-    new_rows, table, taken = np.empty_like(old_rows), NameTable(), []
-    for position, manifest in enumerate(adapters):
+    new_rows, table, taken = np.empty_like(old_rows), NameTable(), {}
+    for position in np.unique(positions).tolist():
         mine = np.flatnonzero(positions == position)
         new_rows[mine] = np.arange(len(mine))
-        taken.append(manifest.take(old_rows[mine], table))
+        taken[position] = adapters[position].take(old_rows[mine], table)
     moved, first, offset = [], 0, 0
     for task in tasks:
         last, middle = first + task.last - task.first, offset + task.a.nbytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -19,11 +19,14 @@ from streammerge.output.writer import RegionWriter
 from streammerge.plans import Plan, Region
 from streammerge.readers.windows import Bytes, OpenFiles, mapped, pread
 
-_M_MMAP_THRESHOLD = -3
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 """mallopt(3)."""
 
 MAPPED_BYTES = 4 * 1024**2
 """Tensors of at least this size are mapped: larger ones than the tiles, which come and go."""
+
+KEPT_BYTES = 8 * 1024**2
+"""So much free memory a heap keeps at its end: what goes back is faulted in at the next use."""
 
 
 class TaskStoppedError(Exception):
@@ -34,10 +37,15 @@ class Job:
     """Everything that a worker needs to run tasks of a plan."""
 
     def __init__(
-        self, plan: Plan, adapters: Sequence[Adapter], directory: Path, starts: Sequence[int]
+        self,
+        plan: Plan,
+        adapters: Sequence[Adapter] | Mapping[int, Adapter],
+        directory: Path,
+        starts: Sequence[int],
     ) -> None:
         self.plan = plan
         self.adapters = adapters
+        """By their positions."""
         self.directory = directory
         self.starts = starts
         """Where each output file's data begin."""
@@ -78,7 +86,9 @@ def steady_allocator() -> None:
     nothing.
     """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 @contextmanager
