@@ -28,7 +28,8 @@ class LocalCluster:
             "scheduler", "--host", LOOPBACK, "--port", "0",
             "--dashboard-address", f"{LOOPBACK}:0", "--scheduler-file", str(self.file),
         )  # fmt: skip
-        wait_until(self.file.is_file)
+        # It is there before it is written.
+        wait_until(lambda: self.file.is_file() and self.file.read_text().endswith("}"))
         self.address: str = json.loads(self.file.read_text())["address"]
 
     def add_worker(self, *options: str) -> subprocess.Popen[bytes]:
