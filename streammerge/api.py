@@ -351,6 +351,7 @@ def _cluster(scheduler: Any) -> AbstractContextManager[Cluster | None]:
     if scheduler is None:
         return nullcontext()
     try:
+        # Needs an extra, and loads torch.
         from streammerge.executors.cluster import Cluster  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise ClusterError(

@@ -250,7 +250,7 @@ def test_the_scheduler_is_lost(tmp_path: Path) -> None:
 
 
 def test_all_workers_are_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from streammerge.executors import cluster as module
+    from streammerge.executors import workers as module
 
     paths = heavy(tmp_path, targets=150)
     with cluster_of(tmp_path / "cluster", 1) as cluster:
@@ -367,9 +367,9 @@ def test_workers_that_round_differently(
 def test_a_scheduler_that_is_not_there(
     scheduler: str, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streammerge.executors import cluster
+    from streammerge.executors import workers
 
-    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr(workers, "CONNECT_SECONDS", 1)
     with pytest.raises(errors.ClusterError, match=scheduler):
         streammerge.merge(sources, tmp_path / "out", scheduler=scheduler)
     assert not list(tmp_path.iterdir())
@@ -378,9 +378,9 @@ def test_a_scheduler_that_is_not_there(
 def test_a_cluster_without_workers(
     sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streammerge.executors import cluster
+    from streammerge.executors import workers
 
-    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 1)
+    monkeypatch.setattr(workers, "ANSWER_SECONDS", 1)
     with (
         cluster_of(tmp_path / "cluster", 0) as empty,
         pytest.raises(errors.ClusterError, match="no worker"),

@@ -8,42 +8,36 @@ import pkgutil
 import shutil
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError
-from contextlib import ExitStack, contextmanager, suppress
-from importlib import metadata
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from distributed import Client, as_completed, wait
-from distributed.scheduler import KilledWorker, NoValidWorkerError, NoWorkerError
+from distributed import Client, as_completed
+from distributed.scheduler import KilledWorker
 
 from streammerge.adapter import Adapter
-from streammerge.budget import HEADROOM, Budget, Device, format_size
-from streammerge.errors import ClusterError, StorageError, StreammergeError, WorkerError
+from streammerge.budget import Budget, Device
+from streammerge.errors import ClusterError, StorageError, WorkerError
+from streammerge.executors import workers
 from streammerge.executors.bundles import bundles, node_name
 from streammerge.executors.remote import Terms, WorkerFacts, describe, look, run_bundle
+from streammerge.executors.workers import (
+    LOST,
+    VERSION,
+    addresses,
+    ask,
+    check_alike,
+    check_scheduler,
+    common_budget,
+    connect,
+    lost_as,
+)
 from streammerge.output.parts import seal
 from streammerge.planner.part import take_part
 from streammerge.plans import Plan, Task
 from streammerge.worker import Job, Receipt
-
-VERSION = metadata.version("streammerge")
-
-CONNECT_SECONDS = 30
-"""How long is waited for the scheduler."""
-
-ANSWER_SECONDS = 300
-"""How long is waited for a first worker, for the answers of all, and, during the work, while there
-is none: jobs may stand in a queue, and loading torch over a network takes a while."""
-
-POLL_SECONDS = 5
-"""How often it is looked, while nothing comes back, whether the workers are still there."""
-
-LOST = (CancelledError, OSError, KilledWorker, NoWorkerError, NoValidWorkerError)
-"""What distributed raises where a connection, the scheduler or all workers are lost."""
 
 
 class Cluster:
@@ -63,7 +57,7 @@ class Cluster:
         if isinstance(scheduler, Client):
             self._client = scheduler
         else:
-            self._client = self._open.enter_context(_connect(os.fspath(scheduler)))
+            self._client = self._open.enter_context(connect(os.fspath(scheduler)))
         self._run = f"streammerge-{uuid.uuid4().hex[:8]}"
         self._workers: list[WorkerFacts] = []
         self._mixed = False
@@ -113,18 +107,18 @@ class Cluster:
             RecipeError: a worker has no such device.
         """
         self._mixed = mixed_hardware
-        with _lost_as(ClusterError):
-            self._check_scheduler()
+        with lost_as(ClusterError):
+            check_scheduler(self._client)
             with suppress(TimeoutError):
-                self._client.wait_for_workers(1, timeout=ANSWER_SECONDS)
+                self._client.wait_for_workers(1, timeout=workers.ANSWER_SECONDS)
             # By name, so that a worker without it says so; a function that it cannot load would
             # end it.
-            self._ask(pkgutil.resolve_name, "streammerge.executors.remote:describe")
-            self._workers = list(self._ask(describe, device, max_vram).values())
+            ask(self._client, pkgutil.resolve_name, "streammerge.executors.remote:describe")
+            self._workers = list(ask(self._client, describe, device, max_vram).values())
         if not self._workers:
-            raise ClusterError(f"no worker has come within {ANSWER_SECONDS} s")
-        self._check_alike()
-        return self._budget(max_memory), min(
+            raise ClusterError(f"no worker has come within {workers.ANSWER_SECONDS} s")
+        check_alike(self._workers, mixed=self._mixed)
+        return common_budget(self._workers, max_memory), min(
             (worker.device for worker in self._workers), key=lambda found: found.allowed_bytes
         )
 
@@ -139,8 +133,8 @@ class Cluster:
         parts = self._make_directory(directory)
         probe = parts / "probe"
         _write(probe, content)
-        with _lost_as(ClusterError):
-            problems = self._ask(look, files, str(probe), content, plan.scratch)
+        with lost_as(ClusterError):
+            problems = ask(self._client, look, files, str(probe), content, plan.scratch)
         for worker, problem in problems.items():
             if problem:
                 raise ClusterError(problem, worker=worker)
@@ -158,7 +152,7 @@ class Cluster:
         directory = self._make_directory(job.directory)
         futures: dict[Any, tuple[Task, ...]] = {}
         try:
-            with _lost_as(WorkerError):
+            with lost_as(WorkerError):
                 self._submit(job, directory, futures)
                 done = self._collect(job, futures, on_receipt)
         finally:
@@ -212,83 +206,12 @@ class Cluster:
         seen = time.monotonic()
         while futures:
             try:
-                yield from as_completed(list(futures), timeout=POLL_SECONDS)
+                yield from as_completed(list(futures), timeout=workers.POLL_SECONDS)
             except TimeoutError:
-                if self._addresses():
+                if addresses(self._client):
                     seen = time.monotonic()
-                elif time.monotonic() - seen > ANSWER_SECONDS:
+                elif time.monotonic() - seen > workers.ANSWER_SECONDS:
                     raise WorkerError("there is no worker any more") from None
-
-    def _ask(self, question: Callable[..., Any], *args: Any) -> dict[str, Any]:
-        """Return every worker's answer by its address; workers that leave meanwhile have none."""
-        answers: dict[str, Any] = {}
-        asked = {
-            address: self._client.submit(question, *args, workers=[address], pure=False)
-            for address in self._addresses()
-        }
-        end = time.monotonic() + ANSWER_SECONDS
-        try:
-            while asked:
-                with suppress(TimeoutError):
-                    wait(list(asked.values()), timeout=POLL_SECONDS)
-                for address in [a for a, future in asked.items() if future.done()]:
-                    answers[address] = _answer(asked.pop(address), address)
-                there = self._addresses()
-                asked = {a: future for a, future in asked.items() if a in there}
-                if asked and time.monotonic() > end:
-                    raise ClusterError(
-                        f"has not answered within {ANSWER_SECONDS} s", worker=min(asked)
-                    )
-        finally:
-            with suppress(*LOST):
-                self._client.cancel(list(asked.values()))
-        return answers
-
-    def _addresses(self) -> list[str]:
-        return sorted(self._client.scheduler_info(n_workers=-1)["workers"])
-
-    def _check_scheduler(self) -> None:
-        try:
-            version = self._client.run_on_scheduler(metadata.version, "streammerge")
-        except metadata.PackageNotFoundError as error:
-            raise ClusterError("the scheduler's environment has no streammerge") from error
-        if version != VERSION:
-            raise ClusterError(f"the scheduler has streammerge {version}, not {VERSION}")
-
-    def _check_alike(self) -> None:
-        first = self._workers[0]
-        for worker in self._workers:
-            if worker.version != VERSION:
-                raise ClusterError(
-                    f"has streammerge {worker.version}, not {VERSION}", worker=worker.address
-                )
-            if not self._mixed and worker.fingerprint != first.fingerprint:
-                raise ClusterError(
-                    f"computes with {worker.fingerprint}, worker {first.address} with "
-                    f"{first.fingerprint}; results would depend on which of them did what. "
-                    "Choose like ones, or allow it with mixed_hardware",
-                    worker=worker.address,
-                )
-
-    def _budget(self, max_memory: int | None) -> Budget:
-        allowed, least = min(
-            (_allowed(worker, self._workers), worker.address) for worker in self._workers
-        )
-        origin = f"worker {least}"
-        if max_memory is not None:
-            if max_memory > allowed:
-                raise ClusterError(
-                    f"may take {format_size(allowed)}, which is less than max_memory, "
-                    f"{format_size(max_memory)}",
-                    worker=least,
-                )
-            allowed, origin = max_memory, "max_memory, for each worker"
-        return Budget(
-            allowed_bytes=allowed,
-            origin=origin,
-            process_bytes=max(worker.process_bytes for worker in self._workers),
-            threads=max(worker.threads for worker in self._workers),
-        )
 
     def _make_directory(self, output: Path) -> Path:
         """Return where this run's bundles and parts lie; nobody else may write there."""
@@ -298,48 +221,6 @@ class Cluster:
         except OSError as error:
             raise StorageError(f"cannot be made ({error.strerror})", path=str(directory)) from error
         return directory
-
-
-def _connect(scheduler: str) -> Client:
-    file = Path(scheduler)
-    where: dict[str, Any] = {"address": scheduler}
-    if "://" not in scheduler:
-        if not file.is_file():
-            raise ClusterError(
-                f"scheduler {scheduler!r} is neither an address like tcp://HOST:PORT nor a file"
-            )
-        where = {"scheduler_file": str(file)}
-    try:
-        return Client(**where, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ClusterError(f"scheduler {scheduler}: cannot be reached ({error})") from error
-
-
-@contextmanager
-def _lost_as(kind: type[ClusterError] | type[WorkerError]) -> Iterator[None]:
-    """Turn what distributed raises where the cluster is lost into an error of ours."""
-    try:
-        yield
-    except StreammergeError:
-        raise  # some of them are OSErrors
-    except LOST as error:
-        raise kind(f"the cluster was lost ({type(error).__name__}: {error})") from error
-
-
-def _allowed(worker: WorkerFacts, workers: Sequence[WorkerFacts]) -> int:
-    """Return what a worker's process may take."""
-    beside = Counter(other.host for other in workers)[worker.host]
-    granted = int(worker.granted_bytes * HEADROOM) // beside
-    return granted if worker.limit_bytes is None else min(granted, worker.limit_bytes)
-
-
-def _answer(future: Any, address: str) -> Any:
-    try:
-        return future.result()
-    except (ImportError, AttributeError) as error:
-        raise ClusterError(
-            f"cannot load streammerge {VERSION} ({error})", worker=address
-        ) from error
 
 
 def _result(future: Any, bundle: Sequence[Task]) -> tuple[str, list[Receipt]]:

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from distributed import Worker, get_worker
 
@@ -158,10 +158,8 @@ class Gate:
             self._free.release(needed)
 
 
-@lru_cache(maxsize=256)
-def _gate_of(run: str, address: str, slots: int) -> Gate:  # noqa: ARG001  # they tell gates apart
-    return Gate(slots)
-
+_GATES: WeakValueDictionary[tuple[str, str], Gate] = WeakValueDictionary()
+"""By run and worker, as long as a bundle is in hand: a process may hold several workers."""
 
 _MAKING_GATES = threading.Lock()
 
@@ -190,7 +188,7 @@ def run_bundle(path: str, terms: Terms) -> tuple[str, list[Receipt]]:
         targets = tuple(task.target for task in plan.tasks)
         raise WorkerError(problem, worker=worker.address, targets=targets)
     with _MAKING_GATES:
-        gate = _gate_of(terms.run, worker.address, plan.concurrency)
+        gate = _GATES.setdefault((terms.run, worker.address), Gate(plan.concurrency))
     return _run(plan, adapters, Path(path), gate, worker.state.nthreads)
 
 
