@@ -24,7 +24,7 @@ LAYERS = (
     {"kernels"},
     {"worker"},
     {"executors", "finish"},
-    {"run", "verification"},
+    {"run", "verification", "preparation"},
     {"api"},
     {"cli"},
 )

@@ -1,0 +1,135 @@
+"""From what a caller asked for to a plan: recipe, manifests, what the machine or cluster grants."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streammerge.adapter import Adapter, NameTable
+from streammerge.budget import Budget, Device, allow, parse_size
+from streammerge.errors import ClusterError, RecipeError
+from streammerge.output.space import check_space, find_scratch
+from streammerge.planner import make_plan, resolve_method
+from streammerge.plans import Plan
+from streammerge.readers import read_adapters
+from streammerge.recipe import Recipe, make_number, make_paths, make_weights
+
+if TYPE_CHECKING:
+    from streammerge.executors.cluster import Cluster
+
+StrPath = str | os.PathLike[str]
+
+IO_WAYS = ("mmap", "pread")
+
+
+def make_recipe(
+    adapters: Sequence[StrPath],
+    *,
+    weights: Sequence[float] | None,
+    max_shard_size: str | int | None,
+    **fields: Any,
+) -> Recipe:
+    """Return the recipe of what a caller asked for, its options checked.
+
+    Raises:
+        RecipeError: one of them is not what it should be.
+    """
+    paths = make_paths(adapters)
+    shard = None
+    if max_shard_size is not None:
+        shard = parse_size(max_shard_size, option="max_shard_size")
+    for option in ("density", "clamp"):
+        fields[option] = make_number(fields[option], float, option=option)
+    for option in ("rank", "seed"):
+        fields[option] = make_number(fields[option], int, option=option)
+    if not isinstance(fields["scaling"], str):
+        fields["scaling"] = make_number(fields["scaling"], float, option="scaling")
+    return Recipe(
+        adapters=paths, weights=make_weights(weights, len(paths)), max_shard_bytes=shard, **fields
+    )
+
+
+def prepare(
+    recipe: Recipe,
+    cluster: Cluster | None,
+    *,
+    output: StrPath | None,
+    max_memory: str | int | None,
+    workers: int | None,
+    device: str,
+    max_vram: str | int | None,
+    io: str,
+    scratch: StrPath | None,
+    mixed_hardware: bool,
+) -> tuple[Plan, list[Adapter]]:
+    """Return the plan of a recipe and the manifests it was made from; arguments as in `merge`.
+
+    Raises:
+        RefusedError: a subclass of it says why the merge cannot be done.
+    """
+    if io not in IO_WAYS:
+        raise RecipeError(f"io must be one of {', '.join(IO_WAYS)}, not {io!r}", option="io")
+    resolve_method(recipe)
+    vram = None if max_vram is None else parse_size(max_vram, option="max_vram")
+    threads = _threads(workers, cluster)
+    memory = None if max_memory is None else parse_size(max_memory, option="max_memory")
+    manifests = read_adapters(recipe.adapters, NameTable())
+    place = find_scratch(scratch, output)
+    if cluster is None:
+        budget, found = _own_budget(memory, threads, device, vram)
+    else:
+        budget, found = cluster.survey(memory, device, vram, mixed_hardware=mixed_hardware)
+    planned = make_plan(manifests, recipe, budget, device=found, io=io, scratch=place)
+    if output is not None:
+        # On a cluster parts lie beside the output until they are sealed into it.
+        copies = 1 if cluster is None else 2
+        check_space(os.fspath(Path(output).resolve().parent), copies * planned.write_bytes)
+    if place is not None:
+        spilling = 1 if cluster is None else cluster.size
+        check_space(place, spilling * planned.scratch_bytes)
+    return planned, manifests
+
+
+def _threads(workers: int | None, cluster: Cluster | None) -> int:
+    asked = make_number(workers, int, option="workers")
+    if asked is None:
+        return len(os.sched_getaffinity(0))
+    if cluster is not None:
+        raise RecipeError("workers goes with this machine; a cluster has its own", option="workers")
+    if asked < 1:
+        raise RecipeError(f"workers must be at least 1, not {workers}", option="workers")
+    return asked
+
+
+def _own_budget(
+    max_memory: int | None, threads: int, device: str, max_vram: int | None
+) -> tuple[Budget, Device]:
+    """Return what this process may take, and where it computes."""
+    allowed, origin = allow(max_memory)
+    # torch is loaded to measure what the process takes with it, once all that can be refused
+    # without it is; an inspection does without.
+    from streammerge.worker import find_device, measure_process  # noqa: PLC0415
+
+    found = find_device(device, max_vram)
+    return Budget(allowed, origin, measure_process(), threads), found
+
+
+def open_cluster(scheduler: Any) -> AbstractContextManager[Cluster | None]:
+    """Return the cluster of a scheduler, to be entered; None where there is none.
+
+    Raises:
+        ClusterError: it cannot be reached, or `distributed` is not installed.
+    """
+    if scheduler is None:
+        return nullcontext()
+    try:
+        # Needs an extra, and loads torch.
+        from streammerge.executors.cluster import Cluster  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise ClusterError(
+            f"a cluster needs dask's distributed ({error}): pip install 'streammerge[cluster]'"
+        ) from error
+    return Cluster(scheduler)
