@@ -62,8 +62,9 @@ class Task:
     """Its sources are rows first to last - 1 of the plan's source columns."""
     route: Route
     resident: int
-    """How many tiles of the merged matrix are held at once (the chunk); the rest is computed
-    again when it is needed. Changes time and memory, never a byte of the result."""
+    """How many tiles are held at once (the chunk): of the merged matrix, the others being computed
+    again when they are needed; or of B's side by side, the others being made afterwards. Changes
+    time and memory, never a byte of the result."""
     spilled: int
     """How many of the others lie on scratch disk instead of being computed again."""
     factors: int

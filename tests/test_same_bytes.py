@@ -42,6 +42,7 @@ from streammerge.readers import read_adapter
 from streammerge.recipe import Recipe
 from streammerge.run import run_plan
 from streammerge.tiling import flat_tiles, row_tiles
+from streammerge.worker.factors import FactorReader
 
 SAME = (WEIGHTS, CONFIG, "streammerge.json")
 """Files of an output that may not differ by a bit; the timings may."""
@@ -206,6 +207,32 @@ def test_same_bytes(kind: str, method: str, saved: Saved, disk: str, tmp_path: P
         assert lanes(plans["two workers, small"]) == 1
         assert lanes(plans["two workers, large"]) == 2
         assert kept(plans["scratch"]) == (0, tiles, 0)
+
+
+def test_parts_of_many_factors_are_read_in_few_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiles of B's side by side get lower with each adapter; the reading must not, and where
+    there is no room for it the bytes are the same."""
+    options: dict[str, Any] = {"method": "cat", "dtype": "float16"}
+    reads: dict[str, int] = {}
+    pieces = FactorReader._read
+
+    def counted(reader: FactorReader, start: int, stop: int) -> Any:
+        reads[where] = reads.get(where, 0) + 1
+        return pieces(reader, start, stop)
+
+    monkeypatch.setattr(FactorReader, "_read", counted)
+    targets = {"up": linear(2048, 64, 8)}
+    adapters = [write_adapter(tmp_path / f"{i}", targets, seed=i) for i in range(64)]
+    for where, count in (("a few", 16), ("many", 64)):
+        weighted = options | {"weights": (1.0,) * count}
+        run(adapters[:count], tmp_path / where, weighted, Setting(2**30))
+    assert reads["many"] <= 4 * reads["a few"]
+    where = "small"
+    run(adapters, tmp_path / where, weighted, Setting(least_room(adapters, weighted)))
+    assert reads["small"] > 2 * reads["many"]
+    assert_same({name: written(tmp_path / name) for name in ("small", "many")})
 
 
 def test_same_bytes_of_a_sum_of_many(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from streammerge.planner.cost import arithmetic, prefers_scratch
 from streammerge.planner.memory import (
     Holding,
     factor_bytes,
+    joined_tile_bytes,
     project,
     project_host,
     stack_bytes,
@@ -22,7 +23,15 @@ from streammerge.planner.memory import (
 )
 from streammerge.planner.routes import Course, Shape
 from streammerge.plans import Region, Task
-from streammerge.tiling import PANELS, factor_groups, flat_tiles, gram_blocks, longest, row_tiles
+from streammerge.tiling import (
+    PANELS,
+    factor_groups,
+    factor_rows,
+    flat_tiles,
+    gram_blocks,
+    longest,
+    row_tiles,
+)
 
 
 @dataclass(frozen=True)
@@ -203,9 +212,11 @@ def _lanes(draft: Draft, rule: RuleSpec, limits: Limits, room: int) -> int:
 def _hold(draft: Draft, rule: RuleSpec, room: int, lanes: int) -> Holding:
     """Return what a task keeps in memory: first factors, then tiles, as many as fit."""
     shape = draft.shape
+    room -= _least(draft, rule, lanes)
+    if draft.course.route == "concatenate":
+        return Holding(tiles=_joined_tiles(shape, room))
     if draft.course.route not in ("fold", "sum", "dense", "krylov"):
         return Holding(lanes=lanes)
-    room -= _least(draft, rule, lanes)
     if draft.course.route == "sum":
         return Holding(factors=_held_factors(shape, room), lanes=lanes)
     factors = _held_factors(shape, room) if draft.course.route != "fold" else 0
@@ -218,6 +229,22 @@ def _hold(draft: Draft, rule: RuleSpec, room: int, lanes: int) -> Holding:
         return Holding(factors=factors, stacked=stacked, lanes=lanes)
     tiles = min(len(row_tiles(shape.m, shape.n)), room // tile_bytes(shape))
     return Holding(tiles, factors, stacked, lanes)
+
+
+def _joined_tiles(shape: Shape, room: int) -> int:
+    """Return how many tiles of the B's side by side are made at once.
+
+    The more adapters, the lower their tiles; so many are taken together that a part of an adapter
+    that is read for them is no trifle.
+    """
+    tiles = factor_rows(shape.m, shape.total_rank)
+    wanted = min(len(tiles), -(-PART_ELEMENTS // max(shape.ranks)) // longest(tiles))
+    return 1 + max(0, min(wanted - 1, room // joined_tile_bytes(shape)))
+
+
+PART_ELEMENTS = 2**15
+"""Elements of a part of a factor that is read on its own: with fewer, the reading of parts costs
+more than what is read."""
 
 
 def _held_factors(shape: Shape, room: int) -> int:

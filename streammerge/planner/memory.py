@@ -36,7 +36,7 @@ class Holding:
     """How much of a streamed target is kept in memory instead of being made or read again."""
 
     tiles: int = 0
-    """Tiles of the merged matrix."""
+    """Tiles of the merged matrix, or of the B's side by side."""
     factors: int = 0
     """Sources whose factors are kept, in the compute dtype."""
     stacked: bool = False
@@ -60,7 +60,7 @@ def project(course: Course, rule: RuleSpec, shape: Shape, holding: Holding) -> i
     """Return the bytes that a task holds at most."""
     lanes = holding.lanes
     parts = {
-        "concatenate": lambda: _concatenate(shape),
+        "concatenate": lambda: _concatenate(shape, holding),
         "fold": lambda: _fold(rule, shape, holding),
         "core": lambda: _core(shape),
         "gram": lambda: _gram(shape, lanes),
@@ -85,13 +85,18 @@ def project_host(shape: Shape) -> int:
     return incoming + _pair(shape) + SLACK_BYTES
 
 
-def _concatenate(shape: Shape) -> int:
-    """A tile of A: stored, converted, cast. Or some rows of B: the parts, joined, cast."""
-    elements = max(
-        longest(flat_tiles(rank * side)) for rank in shape.ranks for side in (shape.m, shape.n)
-    )
-    elements = max(elements, longest(factor_rows(shape.m, shape.total_rank)) * shape.total_rank)
-    return elements * (2 * shape.item + shape.stored_item + shape.out_item)
+def joined_tile_bytes(shape: Shape) -> int:
+    """Bytes of a tile of B's side by side as it is written, and of the widest part of it."""
+    each = shape.item + shape.stored_item + shape.out_item
+    rows = longest(factor_rows(shape.m, shape.total_rank))
+    return rows * (shape.total_rank * shape.out_item + max(shape.ranks) * each)
+
+
+def _concatenate(shape: Shape, holding: Holding) -> int:
+    """A tile of A: stored, converted, cast. Or tiles of B, and of one part of them the same."""
+    elements = max(longest(flat_tiles(rank * shape.n)) for rank in shape.ranks)
+    flat = elements * (shape.item + shape.stored_item + shape.out_item)
+    return max(flat, max(1, holding.tiles) * joined_tile_bytes(shape))
 
 
 def _fold(rule: RuleSpec, shape: Shape, holding: Holding) -> int:

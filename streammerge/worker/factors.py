@@ -69,10 +69,10 @@ class FactorReader:
         ]
         return torch.cat(parts).to(self._device)
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
+    def rows(self, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return rows start … stop - 1 as a matrix; what follows the first dimension is one."""
         width = self.matrix_shape[1]
-        return self.elements(start * width, stop * width).view(stop - start, width)
+        return self.elements(start * width, stop * width, out).view(stop - start, width)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

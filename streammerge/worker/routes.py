@@ -9,7 +9,7 @@ import torch
 from streammerge.kernels.each import Pool
 from streammerge.kernels.tiles import MergedTiles, Operands
 from streammerge.spaces.factor import factor_weights
-from streammerge.tiling import factor_rows, flat_tiles, sample_step
+from streammerge.tiling import factor_rows, flat_tiles, longest, sample_step
 from streammerge.worker.deltas import merge_deltas
 from streammerge.worker.encode import bytes_of, cast_tile, write
 from streammerge.worker.factors import FactorReader
@@ -44,14 +44,29 @@ def merge_target(work: Work) -> Certificate | None:
 
 
 def _concatenate(work: Work) -> None:
-    """Write A = vstack(q_i·A_i) and B = hstack(B_i), a tile at a time."""
+    """Write A = vstack(q_i·A_i) and B = hstack(B_i), a tile or a few at a time."""
     for reader, q in zip(work.sources.a, work.stack_weights, strict=True):
         for start, stop in flat_tiles(reader.factor.elements):
             write(work.job, work.a, reader.elements(start, stop).mul_(q))
     readers = work.sources.b
-    total_rank = sum(reader.matrix_shape[1] for reader in readers)
-    for start, stop in factor_rows(work.task.m, total_rank):
-        write(work.job, work.b, torch.cat([reader.rows(start, stop) for reader in readers], 1))
+    ranks = [reader.matrix_shape[1] for reader in readers]
+    blocks = _joined(factor_rows(work.task.m, sum(ranks)), max(1, work.task.resident))
+    height = longest(blocks)
+    # Cast before they are joined, for the fewer bytes are in hand, and always in the same memory.
+    joined = torch.empty(height * sum(ranks), dtype=work.job.output_dtype, device=work.device)
+    buffer = readers[0].new_buffer(height * max(ranks))
+    for start, stop in blocks:
+        block = joined[: (stop - start) * sum(ranks)].view(stop - start, -1)
+        for reader, place in zip(readers, torch.split(block, ranks, dim=1), strict=True):
+            rows = reader.rows(start, stop, out=buffer)
+            place.copy_(cast_tile(work.job, work.b.name, rows))
+        work.b.append(bytes_of(block))
+
+
+def _joined(ranges: Spans, count: int) -> list[tuple[int, int]]:
+    """Return the ranges with `count` at a time made one."""
+    firsts = range(0, len(ranges), count)
+    return [(ranges[i][0], ranges[min(i + count, len(ranges)) - 1][1]) for i in firsts]
 
 
 def _fold(work: Work) -> None:
