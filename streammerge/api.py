@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge import events
 from streammerge.adapter import Adapter, NameTable
-from streammerge.budget import CPU
+from streammerge.budget import CPU, parse_duration
 from streammerge.output.record import write_timings
 from streammerge.output.staging import Staging, check_output
 from streammerge.plans import Plan
@@ -158,6 +159,8 @@ def merge(
     mixed_hardware: bool = False,
     max_shard_size: str | int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
+    time_limit: str | float | None = None,
     on_event: events.OnEvent | None = None,
 ) -> MergeResult:
     """Merge LoRA adapters on disk into one adapter on disk, without the base model.
@@ -196,14 +199,24 @@ def merge(
             which of them did what.
         max_shard_size: write shards of at most this size, with an index; one file when None.
         overwrite: replace an earlier output of streammerge, which may be one of the inputs. A
-            directory that holds anything else is never replaced.
+            directory that holds anything else is never replaced. An unfinished merge into the
+            same output is dropped.
+        resume: go on with an unfinished merge into the same output, where there is one; what it
+            has done is read back and checked. The bytes are those of an undisturbed run.
+        time_limit: stop after this long, in seconds or like "50m"; what is done is kept.
         on_event: called with what happens; notices become Python warnings when None.
 
     Raises:
         RefusedError: before any work, a subclass of it says why; nothing was written.
-        MergeFailedError: during the work; nothing lies at the output's name.
+        MergeFailedError: during the work; nothing lies at the output's name. Where `resumable`,
+            what was done is kept.
+        StoppedError: at the time limit; what is done is kept.
+        KeyboardInterrupt: at a signal; what is done is kept.
     """
     began = time.perf_counter()
+    deadline = math.inf
+    if time_limit is not None:
+        deadline = time.monotonic() + parse_duration(time_limit, option="time_limit")
     tell = on_event or _warn
     check_output(Path(output), overwrite=overwrite)
     recipe = make_recipe(
@@ -243,8 +256,16 @@ def merge(
         # Loads torch, so it waits until all that can be refused without it has been.
         from streammerge.run import run_plan  # noqa: PLC0415
 
-        with Staging(Path(output), overwrite=overwrite) as staging:
-            receipts, modules = run_plan(planned, manifests, staging.path, tell, cluster)
+        with Staging(Path(output), overwrite=overwrite, resume=resume) as staging:
+            receipts, modules = run_plan(
+                planned,
+                manifests,
+                staging,
+                tell,
+                cluster=cluster,
+                mixed_hardware=mixed_hardware,
+                deadline=deadline,
+            )
             seconds = time.perf_counter() - began
             timings = {receipt.target: receipt.seconds for receipt in receipts}
             write_timings(staging.path, timings, seconds)

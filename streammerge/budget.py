@@ -81,6 +81,41 @@ def format_size(size: float) -> str:
     return f"{size:.0f} B"
 
 
+_DURATIONS = (
+    (r"(\d+(?:\.\d*)?)", (1,)),
+    (r"(?:(\d+):)?(\d+):(\d+)", (3600, 60, 1)),
+    (
+        r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?:in)?)?(?:(\d+(?:\.\d*)?)s)?",
+        (86400, 3600, 60, 1),
+    ),
+)
+"""Patterns of durations, and how many seconds each of their parts counts."""
+
+
+def parse_duration(text: str | float, *, option: str) -> float:
+    """Return the seconds that `text` names: 5400, "90s", "50m", "1h30m", "2d", "1:30:00".
+
+    Raises:
+        RecipeError: not a duration, or not positive.
+    """
+    seconds = 0.0
+    if isinstance(text, str):
+        for pattern, lengths in _DURATIONS:
+            match = re.fullmatch(pattern, text.strip().lower())
+            if match:
+                parts = zip(match.groups(default="0"), lengths, strict=True)
+                seconds = sum(float(part) * length for part, length in parts)
+                break
+    elif not isinstance(text, bool):
+        seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise RecipeError(
+            f"{option}: {text!r} is not a duration; write it like 90s, 50m, 1h30m or 1:30:00",
+            option=option,
+        )
+    return seconds
+
+
 @dataclass(frozen=True)
 class Budget:
     """The memory of one run, in bytes."""

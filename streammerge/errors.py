@@ -14,7 +14,9 @@ StreammergeError
 │   ├── ClusterError             the cluster cannot be reached, or its workers cannot do it
 │   ├── DiskSpaceError           the output or the scratch does not fit its disk
 │   ├── OutputExistsError        something lies at the output's name
-│   └── OutputBusyError          another merge is writing to the same output
+│   ├── OutputBusyError          another merge is writing to the same output
+│   ├── UnfinishedError          an unfinished merge lies there, and nothing was said of it
+│   └── ResumeError              what would be gone on with is not what was begun
 ├── MergeFailedError             during the work: the output's name is untouched; exit code 1
 │   ├── NonFiniteError           NaN or infinity in an input tensor
 │   ├── ComputeOverflowError     a target's values leave the range of the compute dtype
@@ -24,6 +26,7 @@ StreammergeError
 │   ├── WorkerError              a cluster or a worker of it was lost, or is not like the others
 │   ├── InputChangedError        an input file is not the one that was planned with
 │   └── StorageError             the output could not be written
+├── StoppedError                 at the time limit; what is done is kept; exit code 75
 └── VerificationError            an output's bytes are not those that were recorded; exit code 1
 """
 
@@ -213,8 +216,61 @@ class OutputBusyError(RefusedError):
     """Another merge is writing to the same output."""
 
 
+class UnfinishedError(RefusedError):
+    """An unfinished merge lies beside the output, and nothing was said of what to do with it.
+
+    Attributes:
+        path: the output.
+        done: how many targets it has finished.
+    """
+
+    def __init__(self, *, path: str, done: int) -> None:
+        super().__init__(
+            f"{path}: an unfinished merge into it is there, with {done} targets done; go on with "
+            "it (--resume), or begin anew (--overwrite)"
+        )
+        self.path = path
+        self.done = done
+
+
+class ResumeError(RefusedError):
+    """What would be gone on with is not what was begun.
+
+    Attributes:
+        path: the output.
+        changes: one sentence for each thing that has changed.
+    """
+
+    def __init__(self, *, path: str, changes: tuple[str, ...]) -> None:
+        super().__init__(
+            f"{path}: the unfinished merge into it cannot be gone on with: {'; '.join(changes)}. "
+            "Undo that, or begin anew (--overwrite)"
+        )
+        self.path = path
+        self.changes = changes
+
+
 class MergeFailedError(StreammergeError):
     """The work failed; nothing lies at the output's name that was not there before."""
+
+    resumable = True
+    """Whether the same merge can go on from what is done, once what stood in its way is gone."""
+
+
+class StoppedError(StreammergeError):
+    """Stopped at the time limit; what is done is kept, and the same merge can go on from it.
+
+    Attributes:
+        done: how many targets are finished.
+        targets: of so many.
+    """
+
+    exit_code = 75
+
+    def __init__(self, message: str, *, done: int, targets: int) -> None:
+        super().__init__(f"{message}: {done} of {targets} targets are done and kept")
+        self.done = done
+        self.targets = targets
 
 
 class NonFiniteError(MergeFailedError, ValueError):
@@ -225,6 +281,8 @@ class NonFiniteError(MergeFailedError, ValueError):
         tensor: the tensor's full name in it.
         value: "NaN", "infinity", or the number.
     """
+
+    resumable = False
 
     def __init__(self, *, path: str, tensor: str, value: float) -> None:
         name = "NaN" if math.isnan(value) else "infinity"
@@ -245,6 +303,8 @@ class ComputeOverflowError(MergeFailedError, OverflowError):
         target: the target module.
     """
 
+    resumable = False
+
     def __init__(self, *, target: str, dtype: str) -> None:
         super().__init__(
             f"{target}: the merge leaves the range of {dtype} on the way to its factors; weights, "
@@ -261,6 +321,8 @@ class OutputOverflowError(MergeFailedError, OverflowError):
         value: the largest magnitude that was to be written.
         dtype: the output's dtype.
     """
+
+    resumable = False
 
     def __init__(self, *, tensor: str, value: float, dtype: str) -> None:
         super().__init__(
@@ -280,6 +342,8 @@ class ClampError(MergeFailedError, ValueError):
         quantile: the quantile asked for.
         limit: its value on this target.
     """
+
+    resumable = False
 
     def __init__(self, *, target: str, quantile: float, limit: float) -> None:
         super().__init__(
@@ -334,6 +398,8 @@ class InputChangedError(MergeFailedError):
     Attributes:
         path: the file.
     """
+
+    resumable = False
 
     def __init__(self, message: str, *, path: str) -> None:
         super().__init__(f"{path}: {message}")

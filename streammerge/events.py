@@ -16,6 +16,14 @@ class Planned:
 
 
 @dataclass(frozen=True)
+class Resumed:
+    """An unfinished merge is gone on with; what it has done was read back and is right."""
+
+    done: int
+    targets: int
+
+
+@dataclass(frozen=True)
 class TaskDone:
     """One target is merged and its regions are written."""
 
@@ -40,7 +48,7 @@ class Notice:
     message: str
 
 
-Event = Planned | TaskDone | Published | Notice
+Event = Planned | Resumed | TaskDone | Published | Notice
 OnEvent = Callable[[Event], None]
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from streammerge.adapter import Adapter, NameTable
 from streammerge.errors import MergeFailedError, VerificationError
+from streammerge.ledger import Ledger
 from streammerge.output.record import write_config, write_record
 from streammerge.output.writer import region_checksum, sync_file
 from streammerge.planner.scaling import scalings
@@ -53,9 +52,10 @@ def finish(
     manifests: Sequence[Adapter],
     directory: Path,
     starts: Sequence[int],
-    receipts: Sequence[Receipt],
+    ledger: Ledger,
     *,
     fingerprint: dict[str, Any],
+    check: Callable[[], None],
 ) -> tuple[ModuleReport, ...]:
     """Read every region back, make the files durable, write config and record; return reports.
 
@@ -64,22 +64,25 @@ def finish(
         manifests: the adapters that it was done to.
         directory: of the output's files.
         starts: where each of these files' data begin.
-        receipts: in the order of the plan's tasks.
+        ledger: what the tasks left behind.
         fingerprint: what decided the rounding of results.
+        check: called now and then; raises when the run is to stop.
 
     Raises:
         VerificationError: a region does not read back as it was written.
         MergeFailedError: the output as a whole does not.
     """
+    receipts = ledger.receipts
     modules = tuple(map(_report, planned.tasks, receipts))
     for file in planned.files:
+        check()
         sync_file(directory / file.name)
-    tensors = _read_back(planned, directory, starts, receipts)
+    tensors = _read_back(planned, directory, starts, receipts, check)
     write_config(directory, planned)
     facts = {
         "streammerge": VERSION,
         "fingerprint": fingerprint,
-        "inputs": _inputs(planned, manifests, receipts),
+        "inputs": list(map(_input, manifests, ledger.inputs)),
         "modules": {report.target: _facts(report) for report in modules},
     }
     write_record(directory, planned, facts, tensors)
@@ -90,13 +93,18 @@ def finish(
 
 
 def _read_back(
-    planned: Plan, directory: Path, starts: Sequence[int], receipts: Sequence[Receipt]
+    planned: Plan,
+    directory: Path,
+    starts: Sequence[int],
+    receipts: Sequence[Receipt],
+    check: Callable[[], None],
 ) -> dict[str, str]:
     """Compare every region with its receipt; return the checksums by tensor."""
     regions = [region for task in planned.tasks for region in (task.a, task.b)]
     checksums = [checksum for receipt in receipts for checksum in receipt.checksums]
     problems = []
     for region, checksum in zip(regions, checksums, strict=True):
+        check()
         name = planned.files[region.file].name
         if region_checksum(directory / name, starts[region.file], region) != checksum:
             problems.append(f"{name}: {region.name} does not read back as it was written")
@@ -105,26 +113,15 @@ def _read_back(
     return {region.name: checksum for region, checksum in zip(regions, checksums, strict=True)}
 
 
-def _inputs(
-    planned: Plan, manifests: Sequence[Adapter], receipts: Sequence[Receipt]
-) -> list[dict[str, Any]]:
-    """Return what each adapter was, with one checksum over all of its tensors that were read."""
-    digests = [xxhash.xxh3_128() for _ in manifests]
-    counts = [0] * len(manifests)
-    for task, receipt in zip(planned.tasks, receipts, strict=True):
-        positions = planned.sources.adapter[task.first : task.last]
-        for position, checksums in zip(positions, receipt.inputs, strict=True):
-            digests[position].update("".join((task.target, *checksums)).encode())
-            counts[position] += 1
-    return [
-        {
-            "path": manifest.path,
-            "files": {Path(file.path).name: file.size for file in manifest.files},
-            "targets_used": count,
-            "xxh3": digest.hexdigest(),
-        }
-        for manifest, digest, count in zip(manifests, digests, counts, strict=True)
-    ]
+def _input(manifest: Adapter, read: tuple[int, str]) -> dict[str, Any]:
+    """Return what an adapter was, with one checksum over all of its tensors that were read."""
+    targets, checksum = read
+    return {
+        "path": manifest.path,
+        "files": {Path(file.path).name: file.size for file in manifest.files},
+        "targets_used": targets,
+        "xxh3": checksum,
+    }
 
 
 def _report(task: Task, receipt: Receipt) -> ModuleReport:

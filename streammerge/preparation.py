@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from streammerge.adapter import Adapter, NameTable
 from streammerge.budget import Budget, Device, allow, parse_size
 from streammerge.errors import ClusterError, RecipeError
-from streammerge.output.space import check_space, find_scratch
+from streammerge.output.space import allocated_bytes, check_space, find_scratch
+from streammerge.output.staging import staging_path
 from streammerge.planner import make_plan, resolve_method
 from streammerge.plans import Plan
 from streammerge.readers import read_adapters
@@ -86,7 +87,9 @@ def prepare(
     if output is not None:
         # On a cluster parts lie beside the output until they are sealed into it.
         copies = 1 if cluster is None else 2
-        check_space(os.fspath(Path(output).resolve().parent), copies * planned.write_bytes)
+        # What an unfinished run has allocated is gone on with, or removed.
+        needed = copies * planned.write_bytes - allocated_bytes(staging_path(Path(output)))
+        check_space(os.fspath(Path(output).resolve().parent), needed)
     if place is not None:
         spilling = 1 if cluster is None else cluster.size
         check_space(place, spilling * planned.scratch_bytes)

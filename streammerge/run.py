@@ -2,65 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streammerge import events
 from streammerge.adapter import Adapter
+from streammerge.errors import StoppedError
 from streammerge.executors.serial import run_serial
 from streammerge.finish import ModuleReport, finish
-from streammerge.output.writer import allocate
+from streammerge.ledger import Ledger
+from streammerge.output.journal import Unfinished
+from streammerge.output.staging import Staging
+from streammerge.output.writer import allocate, reopen
 from streammerge.plans import Plan, Task
-from streammerge.worker import Job, Receipt, fingerprint
+from streammerge.resume import check_same, identity, take_back
+from streammerge.worker import Job, Receipt, TaskStoppedError, fingerprint
 
 if TYPE_CHECKING:
     from streammerge.executors.cluster import Cluster
+
+Execute = Callable[[Job, Sequence[Task], Callable[[Task, Receipt], None]], None]
 
 
 def run_plan(
     plan: Plan,
     adapters: Sequence[Adapter],
-    directory: Path,
+    staging: Staging,
     tell: events.OnEvent,
+    *,
     cluster: Cluster | None = None,
+    mixed_hardware: bool = False,
+    deadline: float = math.inf,
 ) -> tuple[list[Receipt], tuple[ModuleReport, ...]]:
-    """Write the output of a plan into an empty directory, checked and durable.
+    """Write the output of a plan into its staging directory, checked and durable.
 
     Args:
         plan: what to do.
         adapters: the manifests that it was made from.
-        directory: where the output's files are written.
+        staging: where the output's files are written, and what an unfinished run has left there.
         tell: hears of every finished task.
         cluster: whose workers run the tasks, instead of this process.
+        mixed_hardware: whether the run may have been begun where results round otherwise.
+        deadline: when it is to stop, on the clock of `time.monotonic`.
 
     Returns:
         Receipts and reports, in the order of the plan's tasks.
 
     Raises:
+        ResumeError: what was begun is not what is planned.
+        StoppedError: the time is over; the journal says what is done.
         MergeFailedError: a subclass of it says what failed.
     """
+    found = fingerprint(plan.device) if cluster is None else cluster.fingerprint
+    now = identity(plan, adapters, found)
+    unfinished, directory = staging.unfinished, staging.path
+    if unfinished is not None:
+        before = unfinished.identity
+        check_same(staging.output, before, now, mixed_hardware=mixed_hardware)
+        found = now["fingerprint"] = _both(before["fingerprint"], found)
+    starts, kept = _open_files(plan, directory, unfinished)
     if cluster is not None:
         cluster.check_files(plan, adapters, directory)
-    regions = [region for task in plan.tasks for region in (task.a, task.b)]
-    starts = allocate(directory, plan.files, regions, plan.dtype)
-    job = Job(plan, adapters, directory, starts)
-    tell(events.Planned(len(plan.tasks), plan.read_bytes, plan.write_bytes))
-
-    def on_receipt(task: Task, receipt: Receipt) -> None:
-        tell(events.TaskDone(task.target, task.read_bytes, task.write_bytes, receipt.seconds))
-
+    ledger = Ledger(plan, staging.journal)
+    ledger.begin(now, kept)
+    job = Job(plan, adapters, directory, starts, deadline)
     try:
-        receipts = _executor(plan, cluster)(job, on_receipt)
+        _execute(job, ledger, tell, cluster)
+        reports = finish(
+            plan, adapters, directory, starts, ledger, fingerprint=found, check=job.check_time
+        )
+    except TaskStoppedError as error:
+        done, targets = len(plan.tasks) - len(ledger.unfinished), len(plan.tasks)
+        raise StoppedError("the time limit is over", done=done, targets=targets) from error
     finally:
         job.files.close()
-    found = fingerprint(plan.device) if cluster is None else cluster.fingerprint
-    return receipts, finish(plan, adapters, directory, starts, receipts, fingerprint=found)
+    return ledger.receipts, reports
 
 
-def _executor(
-    plan: Plan, cluster: Cluster | None
-) -> Callable[[Job, Callable[[Task, Receipt], None]], list[Receipt]]:
+def _open_files(
+    plan: Plan, directory: Path, unfinished: Unfinished | None
+) -> tuple[tuple[int, ...], Iterable[tuple[Task, Receipt]]]:
+    """Return where each output file's data begin, and what is done of an unfinished run."""
+    regions = [region for task in plan.tasks for region in (task.a, task.b)]
+    if unfinished is not None:
+        starts = reopen(directory, plan.files, regions, plan.dtype)
+        if starts is not None:
+            return starts, take_back(plan, unfinished, directory, starts)
+    return allocate(directory, plan.files, regions, plan.dtype), ()
+
+
+def _both(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return what decided the rounding of a run that was done in two places."""
+    if before == now:
+        return now
+    parts = [*before.get("mixed", [before]), *now.get("mixed", [now])]
+    return {"mixed": [part for i, part in enumerate(parts) if part not in parts[:i]]}
+
+
+def _execute(job: Job, ledger: Ledger, tell: events.OnEvent, cluster: Cluster | None) -> None:
+    """Run what is still to be done."""
+    tasks = ledger.unfinished
+    plan = job.plan
+    done = len(plan.tasks) - len(tasks)
+    if done:
+        tell(events.Resumed(done, len(plan.tasks)))
+    read, write = (
+        sum(getattr(task, f"{way}_bytes") for task in tasks) for way in ("read", "write")
+    )
+    tell(events.Planned(len(tasks), read, write))
+
+    def on_receipt(task: Task, receipt: Receipt) -> None:
+        ledger.record(task, receipt)
+        tell(events.TaskDone(task.target, task.read_bytes, task.write_bytes, receipt.seconds))
+
+    if tasks:
+        _executor(plan, cluster)(job, tasks, on_receipt)
+
+
+def _executor(plan: Plan, cluster: Cluster | None) -> Execute:
     if cluster is not None:
         return cluster.run
     if plan.concurrency == 1:

@@ -309,9 +309,13 @@ def test_something_that_appears_during_the_work(sources: list[Path], tmp_path: P
             out.mkdir(exist_ok=True)
             (out / "thesis.txt").write_text("years of work")
 
-    with pytest.raises(OutputExistsError):
+    with pytest.raises(OutputExistsError, match="exists") as caught:
         merge(sources, out, on_event=appear)
-    assert contents(tmp_path) == {"out": None, "out/thesis.txt": b"years of work"}
+    assert caught.value.__notes__ == [f"{len(TARGETS)} targets are done and kept; --resume goes on"]
+    assert contents(out) == {"thesis.txt": b"years of work"}
+    shutil.rmtree(out)
+    merge(sources, out, resume=True)
+    assert names(tmp_path) == ["out"]
 
 
 def test_a_place_that_cannot_be_written(sources: list[Path], tmp_path: Path) -> None:
@@ -532,7 +536,7 @@ streammerge.merge(
 def test_a_killed_merge(
     kind: str, count: int, workers: int, overwrite: bool, sources: list[Path], tmp_path: Path
 ) -> None:
-    """It leaves the output's name as it was, and does not hinder the next merge."""
+    """It leaves the output's name as it was, and the next merge can go on with it."""
     out = tmp_path / "out"
     if overwrite:
         merge(sources, out, method="cat")
@@ -543,7 +547,7 @@ def test_a_killed_merge(
     assert (staging_path(out) / WEIGHTS).exists()
     left = contents(tmp_path)
     assert {name: left[name] for name in left if not name.startswith(".")} == before
-    merge(sources, out, overwrite=overwrite)
+    merge(sources, out, overwrite=overwrite, resume=True)
     assert names(tmp_path) == ["out"]
     merge(sources, tmp_path / "undisturbed")
     for name in (WEIGHTS, CONFIG, MARK_NAME):
@@ -554,8 +558,9 @@ KILLED_AT_REMOVAL = """
 import os, signal, sys
 def at_removal(event, arguments):
     name = str(arguments[0]) if event == "shutil.rmtree" else ""
-    if name.endswith("-old") and os.path.exists(name):
-        os.kill(os.getpid(), signal.SIGKILL)
+    if name.endswith(".streammerge") and os.path.exists(name):
+        if '"method": "svd"' in open(os.path.join(out, "streammerge.json")).read():
+            os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(at_removal)
 """
 
@@ -571,7 +576,8 @@ def test_a_kill_while_publishing_over_an_earlier_output(
     command = [sys.executable, "-c", KILLED_AT_REMOVAL + KILLED, *arguments]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     assert streammerge.verify(out).checksums
-    assert names(tmp_path) == [".out.streammerge-old", ".out.streammerge.lock", "out"]
+    assert names(tmp_path) == [".out.streammerge", ".out.streammerge.lock", "out"]
+    assert '"method": "cat"' in (staging_path(out) / MARK_NAME).read_text()
     merge(sources, out, overwrite=True)
     assert names(tmp_path) == ["out"]
 

@@ -86,7 +86,7 @@ class TestNames:
     def test_plan_takes_what_merge_takes(self) -> None:
         merge = inspect.signature(streammerge.merge).parameters
         plan = inspect.signature(streammerge.plan).parameters
-        only_merge = {"on_event", "overwrite"}
+        only_merge = {"on_event", "overwrite", "resume", "time_limit"}
         assert [name for name in merge if name not in only_merge] == [
             name for name in plan if name not in only_merge
         ]
@@ -107,7 +107,8 @@ class TestErrors:
 
     @pytest.mark.parametrize("error", ERRORS)
     def test_the_exit_code_says_whether_work_was_begun(self, error: type) -> None:
-        assert error.exit_code == (2 if issubclass(error, errors.RefusedError) else 1)
+        stopped = 75 if error is errors.StoppedError else 1
+        assert error.exit_code == (2 if issubclass(error, errors.RefusedError) else stopped)
 
 
 def drawn_tree(docstring: str) -> Iterator[tuple[str, str | None]]:

@@ -35,6 +35,7 @@ from streammerge.budget import Budget
 from streammerge.catalog import METHODS, RULES
 from streammerge.errors import BudgetError, RecipeError
 from streammerge.output.space import find_scratch
+from streammerge.output.staging import Staging
 from streammerge.planner import make_plan
 from streammerge.planner.memory import PAGE_BYTES
 from streammerge.plans import Plan
@@ -140,8 +141,9 @@ def least_room(adapters: list[Path], options: dict[str, Any]) -> int:
 
 def run(adapters: list[Path], out: Path, options: dict[str, Any], setting: Setting) -> Plan:
     plan, manifests = plan_for(adapters, options, setting)
-    out.mkdir()
-    run_plan(plan, manifests, out, events.ignore)
+    with Staging(out) as staging:
+        run_plan(plan, manifests, staging, events.ignore)
+        staging.publish()
     return plan
 
 

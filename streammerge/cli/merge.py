@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streammerge.cli.console import say, say_json, with_exit_codes
+from streammerge.cli.console import say, say_json, stopped_by_signals, with_exit_codes
 from streammerge.cli.options import merge_options
 
 if TYPE_CHECKING:
@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 @click.command()
 @merge_options
 @click.option("-o", "--output", required=True, type=click.Path(), help="Directory to make.")
+@click.option("--resume", is_flag=True, help="Go on with an unfinished merge, where there is one.")
+@click.option(
+    "--time-limit", metavar="TIME", help="Stop after so long, like 50m; --resume goes on."
+)
 @click.option("--quiet", is_flag=True, help="No progress.")
 @with_exit_codes
+@stopped_by_signals
 def merge(
     adapters: tuple[str, ...], output: str, quiet: bool, as_json: bool, **options: Any
 ) -> None:
@@ -26,6 +31,9 @@ def merge(
 
     \b
     streammerge merge A B C -o OUT --method ties --weights 2.0,0.3,0.7 --density 0.2
+
+    Stopped by SIGTERM, SIGINT or --time-limit it keeps what is done, exits with 75 and prints the
+    command that goes on; killed by anything else, the same command with --resume goes on.
     """
     from streammerge.api import merge as run
     from streammerge.cli.progress import Progress

@@ -41,6 +41,8 @@ class Progress:
             remark(f"note: {event.message}")
         if self._quiet:
             return
+        if isinstance(event, events.Resumed):
+            remark(f"going on: {event.done} of {event.targets} targets are done")
         if isinstance(event, events.Planned):
             self._total = event.read_bytes
             self._began = self._last = time.monotonic()

@@ -139,13 +139,13 @@ class Cluster:
             if problem:
                 raise ClusterError(problem, worker=worker)
 
-    def run(self, job: Job, on_receipt: Callable[[Task, Receipt], None]) -> list[Receipt]:
-        """Run all tasks of a job on the workers and seal what they write into the output.
-
-        Returns:
-            The receipts in the plan's order.
+    def run(
+        self, job: Job, tasks: Sequence[Task], on_receipt: Callable[[Task, Receipt], None]
+    ) -> None:
+        """Run tasks of a job on the workers and seal what they write into the output.
 
         Raises:
+            TaskStoppedError: the time is over.
             WorkerError: the cluster was lost, or a worker again and again with a task.
             MergeFailedError: a subclass of it says what failed.
         """
@@ -153,17 +153,22 @@ class Cluster:
         futures: dict[Any, tuple[Task, ...]] = {}
         try:
             with lost_as(WorkerError):
-                self._submit(job, directory, futures)
-                done = self._collect(job, futures, on_receipt)
+                self._submit(job, tasks, directory, futures)
+                self._collect(job, futures, on_receipt)
         finally:
             with suppress(*LOST):
                 self._client.cancel(list(futures))
             left = _remove(directory)
         if left:
             raise StorageError("cannot be removed", path=str(left))
-        return [done[task.target] for task in job.plan.tasks]
 
-    def _submit(self, job: Job, directory: Path, futures: dict[Any, tuple[Task, ...]]) -> None:
+    def _submit(
+        self,
+        job: Job,
+        tasks: Sequence[Task],
+        directory: Path,
+        futures: dict[Any, tuple[Task, ...]],
+    ) -> None:
         """Give the scheduler all bundles."""
         terms = Terms(
             run=self._run,
@@ -171,7 +176,7 @@ class Cluster:
             fingerprint=None if self._mixed else self._workers[0].fingerprint,
         )
         threads = sum(worker.threads for worker in self._workers)
-        for number, bundle in enumerate(bundles(job.plan.tasks, threads)):
+        for number, bundle in enumerate(bundles(tasks, threads)):
             path = directory / f"{number:05d}.tasks"
             _write(path, pickle.dumps(take_part(job.plan, job.adapters, bundle)))
             key = f"{node_name(bundle, number)}-{self._run}"
@@ -183,11 +188,10 @@ class Cluster:
         job: Job,
         futures: dict[Any, tuple[Task, ...]],
         on_receipt: Callable[[Task, Receipt], None],
-    ) -> dict[str, Receipt]:
-        """Seal the parts as they come; return the receipts by target."""
+    ) -> None:
+        """Seal the parts as they come."""
         names = [file.name for file in job.plan.files]
-        done: dict[str, Receipt] = {}
-        for future in self._finished(futures):
+        for future in self._finished(job, futures):
             bundle = futures.pop(future)
             part, receipts = _result(future, bundle)
             # Released, or its tasks would run again if the worker were lost later.
@@ -197,14 +201,13 @@ class Cluster:
             moves = list(zip(regions, checksums, strict=True))
             seal(Path(part), job.directory, job.starts, names, moves)
             for task, receipt in zip(bundle, receipts, strict=True):
-                done[task.target] = receipt
                 on_receipt(task, receipt)
-        return done
 
-    def _finished(self, futures: dict[Any, tuple[Task, ...]]) -> Iterator[Any]:
+    def _finished(self, job: Job, futures: dict[Any, tuple[Task, ...]]) -> Iterator[Any]:
         """Yield futures as they finish, until there are none; the caller takes them out."""
         seen = time.monotonic()
         while futures:
+            job.check()
             try:
                 yield from as_completed(list(futures), timeout=workers.POLL_SECONDS)
             except TimeoutError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
@@ -19,18 +19,15 @@ T = TypeVar("T")
 OnReceipt = Callable[[Task, Receipt], None]
 
 
-def run_threads(job: Job, on_receipt: OnReceipt) -> list[Receipt]:
-    """Run all tasks of a job, as many at once as the plan allows.
+def run_threads(job: Job, tasks: Sequence[Task], on_receipt: OnReceipt) -> None:
+    """Run tasks of a job, as many at once as the plan allows.
 
     What the tasks in flight hold together is within the budget: large targets come one after
     another, each worked on by several threads; then the pool has as many threads as the plan lets
     tasks be in flight, and each runs one task at a time.
-
-    Returns:
-        The receipts in the plan's order.
     """
     report = _one_at_a_time(on_receipt)
-    together = [task for task in job.plan.tasks if not task.alone]
+    together = [task for task in tasks if not task.alone]
     nodes = [
         delayed(_run_bundle, pure=False)(
             _Hidden(job), _Hidden(bundle), report, dask_key_name=node_name(bundle, number)
@@ -39,29 +36,18 @@ def run_threads(job: Job, on_receipt: OnReceipt) -> list[Receipt]:
     ]
     with one_thread_each(), ThreadPoolExecutor(job.plan.concurrency) as pool:
         try:
-            done = [
-                _report(report, task, run_task(job, task, Lanes(pool, task.lanes, job.stopped)))
-                for task in job.plan.tasks
-                if task.alone
-            ]
-            bundled = compute(*nodes, scheduler="threads", pool=pool, optimize_graph=False)
+            for task in tasks:
+                if task.alone:
+                    report(task, run_task(job, task, Lanes(pool, task.lanes, job.stopped)))
+            compute(*nodes, scheduler="threads", pool=pool, optimize_graph=False)
         finally:
-            # After a failure other threads end their task at its next read.
+            # After a failure other threads end their task at its next tile.
             job.stopped.set()
-    done.extend(receipt for receipts in bundled for receipt in receipts)
-    by_target = {receipt.target: receipt for receipt in done}
-    return [by_target[task.target] for task in job.plan.tasks]
 
 
-def _run_bundle(
-    job: _Hidden[Job], bundle: _Hidden[tuple[Task, ...]], on_receipt: OnReceipt
-) -> list[Receipt]:
-    return [_report(on_receipt, task, run_task(job.value, task)) for task in bundle.value]
-
-
-def _report(on_receipt: OnReceipt, task: Task, receipt: Receipt) -> Receipt:
-    on_receipt(task, receipt)
-    return receipt
+def _run_bundle(job: _Hidden[Job], bundle: _Hidden[tuple[Task, ...]], report: OnReceipt) -> None:
+    for task in bundle.value:
+        report(task, run_task(job.value, task))
 
 
 class _Hidden(Generic[T]):

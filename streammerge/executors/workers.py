@@ -27,7 +27,7 @@ ANSWER_SECONDS = 300
 """How long is waited for a first worker, for the answers of all, and, during the work, while there
 is none: jobs may stand in a queue, and loading torch over a network takes a while."""
 
-POLL_SECONDS = 5
+POLL_SECONDS = 1
 """How often it is looked, while nothing comes back, whether the workers are still there."""
 
 LOST = (CancelledError, OSError, KilledWorker, NoWorkerError, NoValidWorkerError)

@@ -23,6 +23,14 @@ def check_space(directory: str, needed_bytes: int) -> None:
         raise DiskSpaceError(path=directory, needed_bytes=needed_bytes, free_bytes=free)
 
 
+def allocated_bytes(directory: Path) -> int:
+    """Return what a directory's files take on the disk; nothing where it is not there."""
+    try:
+        return sum(path.lstat().st_blocks * 512 for path in directory.rglob("*"))
+    except OSError:
+        return 0
+
+
 def find_scratch(
     asked: str | os.PathLike[str] | None, output: str | os.PathLike[str] | None
 ) -> str | None:

@@ -1,8 +1,8 @@
 """A merge's private directory beside the output, and the rename that makes it the output.
 
 Whoever holds the lock beside them owns both names. The lock goes with the process, so what a
-killed run left behind is taken over by the next merge into the same output, and never while its
-process lives.
+killed run left behind is gone on with, or removed, by the next merge into the same output, and
+never while its process lives.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from types import TracebackType
 from typing import Self
 
 from streammerge.errors import (
+    MergeFailedError,
     OutputBusyError,
     OutputExistsError,
     StorageError,
     StreammergeError,
+    UnfinishedError,
 )
+from streammerge.output.journal import Journal, Unfinished
 
 MARK_NAME = "streammerge.json"
 """Every output holds it; only a directory that does may be overwritten."""
@@ -79,13 +82,31 @@ def lock_path(output: Path) -> Path:
     return staging.with_name(staging.name + ".lock")
 
 
-class Staging:
-    """The staging directory, held from `__enter__` until it is published or removed."""
+def journal_path(output: Path) -> Path:
+    """Return the journal of a merge into `output`: beside its staging directory, which becomes
+    the output as it is."""
+    staging = staging_path(output)
+    return staging.with_name(staging.name + ".journal")
 
-    def __init__(self, output: Path, *, overwrite: bool = False) -> None:
+
+class Staging:
+    """The staging directory, held from `__enter__` until it is published, kept or removed."""
+
+    def __init__(self, output: Path, *, overwrite: bool = False, resume: bool = False) -> None:
+        """Say what is wanted.
+
+        Args:
+            output: where the directory will lie.
+            overwrite: replace an earlier output, and drop an unfinished merge.
+            resume: go on with an unfinished merge, where there is one.
+        """
         self.output = output.resolve()
         self.path = staging_path(output)
+        self.journal = Journal(journal_path(output))
+        self.unfinished: Unfinished | None = None
+        """What is gone on with."""
         self._overwrite = overwrite
+        self._resume = resume
         self._aside = self.output.with_name(f".{self.output.name}.streammerge-old")
         self._lock = -1
 
@@ -93,13 +114,15 @@ class Staging:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _take_lock(lock_path(self.output), self.output)
+            self._restore()
             check_output(self.output, overwrite=self._overwrite)
-            for left in (self._aside, self.path):
-                shutil.rmtree(left, ignore_errors=True)
-            self.path.mkdir()
+            self._look_for_unfinished()
+            if self.unfinished is None:
+                self._discard()
+                self.path.mkdir()
         except BaseException as error:
             # An interrupt too, or what was made would stay.
-            self.__exit__(None, None, None)
+            self.__exit__(type(error), error, None)
             if isinstance(error, OSError) and not isinstance(error, StreammergeError):
                 raise StorageError(
                     f"cannot be made ({error.strerror})", path=str(self.path)
@@ -115,8 +138,14 @@ class Staging:
     ) -> None:
         if self._lock < 0:
             return
-        for left in (self._aside, self.path):
-            shutil.rmtree(left, ignore_errors=True)
+        if error is not None and self._worth_keeping(error):
+            self.journal.close()
+            if isinstance(error, StreammergeError):
+                error.add_note(
+                    f"{self.journal.entries} targets are done and kept; --resume goes on"
+                )
+        else:
+            self._discard()
         # Removed while it is held: who has opened it meanwhile finds that it is another file.
         lock_path(self.output).unlink(missing_ok=True)
         os.close(self._lock)
@@ -133,8 +162,7 @@ class Staging:
         try:
             sync_directory(self.path)
             if self.output.exists() and any(self.output.iterdir()):
-                self.path.rename(self._aside)
-                _exchange(self._aside, self.output)
+                _exchange(self.path, self.output, self._aside)
             else:
                 self.path.rename(self.output)
             sync_directory(self.output.parent)
@@ -143,12 +171,41 @@ class Staging:
                 f"cannot be published ({error.strerror})", path=str(self.output)
             ) from error
 
+    def _look_for_unfinished(self) -> None:
+        found = self.journal.read() if self.path.is_dir() else None
+        if found is None:
+            return
+        if self._resume:
+            self.unfinished = found
+        elif not self._overwrite:
+            raise UnfinishedError(path=str(self.output), done=len(found.entries))
+        else:
+            self.journal.entries = 0
+
+    def _worth_keeping(self, error: BaseException) -> bool:
+        """Whether a later run can go on from what is there."""
+        if isinstance(error, MergeFailedError) and not error.resumable:
+            return False
+        return self.journal.entries > 0 and self.path.is_dir()
+
+    def _discard(self) -> None:
+        """Remove all that is left of this merge, or of an earlier one."""
+        # The journal first: without its directory it is of no use, nor the other way round.
+        self.journal.remove()
+        for left in (self._aside, self.path):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _restore(self) -> None:
+        """Give an earlier output its name back, if a run was killed between two renames."""
+        if self._aside.exists() and not self.output.exists():
+            self._aside.rename(self.output)
+
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 """fcntl.h and renameat2(2)."""
 
 
-def _exchange(new: Path, old: Path) -> None:
+def _exchange(new: Path, old: Path, between: Path) -> None:
     """Have two directories change names at once, so that neither name is ever without one."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:
@@ -158,10 +215,8 @@ def _exchange(new: Path, old: Path) -> None:
         if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     # This file system cannot exchange names: for a moment the old output has another one.
-    between = old.with_name(new.name + "-between")
     old.rename(between)
     new.rename(old)
-    between.rename(new)
 
 
 def _take_lock(path: Path, output: Path) -> int:

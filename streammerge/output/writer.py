@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from io import FileIO
@@ -61,6 +62,39 @@ def allocate(
                 path=str(path),
             ) from error
     return tuple(len(header) for header in rendered)
+
+
+def reopen(
+    directory: Path, files: Sequence[OutputFile], regions: Sequence[Region], dtype: str
+) -> tuple[int, ...] | None:
+    """Return where the data of files begin that `allocate` has made before; None if it has not.
+
+    What else lies in the directory, made at the end of a run or by workers, is removed; all of it
+    where the files are not those.
+    """
+    rendered = headers(files, regions, dtype)
+    whole = all(
+        _is_allocated(directory / file.name, header, file.data_bytes)
+        for file, header in zip(files, rendered, strict=True)
+    )
+    known = {file.name for file in files} if whole else set()
+    for path in directory.iterdir():
+        if path.name in known:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+    return tuple(len(header) for header in rendered) if whole else None
+
+
+def _is_allocated(path: Path, header: bytes, data_bytes: int) -> bool:
+    try:
+        with path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            return size == len(header) + data_bytes and stream.read(len(header)) == header
+    except OSError:
+        return False
 
 
 class RegionWriter:

@@ -2,6 +2,7 @@
 
 from streammerge.worker.job import (
     Job,
+    TaskStoppedError,
     find_device,
     fingerprint,
     measure_process,
@@ -17,6 +18,7 @@ __all__ = [
     "Job",
     "Lanes",
     "Receipt",
+    "TaskStoppedError",
     "find_device",
     "fingerprint",
     "measure_process",

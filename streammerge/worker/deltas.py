@@ -51,6 +51,7 @@ class _Deltas:
     """Tiles and samples of the sources' deltas; the factors of some sources are held."""
 
     def __init__(self, work: Work, rows: Spans) -> None:
+        self._job = work.job
         self._sources = work.sources
         self._rows = rows
         self._n = work.task.n
@@ -60,6 +61,7 @@ class _Deltas:
 
     def fill(self, i: int, t: int, buffer: torch.Tensor) -> torch.Tensor:
         """Put tile t of delta i into a buffer and return it, flat."""
+        self._job.check()
         start, stop = self._rows[t]
         b = self._b_rows(i, start, stop)
         out = buffer[: (stop - start) * self._n]

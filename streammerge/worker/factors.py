@@ -171,6 +171,9 @@ class TargetSources:
         seed = int(job.plan.recipe["seed"])
         return [stream_key(seed, position, target, tensor) for position in self.positions]
 
-    def checksums(self) -> tuple[tuple[str, str], ...]:
-        """Return each source's checksums of A and B."""
-        return tuple((a.checksum(), b.checksum()) for a, b in zip(self.a, self.b, strict=True))
+    def checksums(self, target: str) -> tuple[str, ...]:
+        """Return a checksum of each source's A and B, and of the target that they belong to."""
+        return tuple(
+            xxhash.xxh3_128_hexdigest(f"{target} {a.checksum()} {b.checksum()}".encode())
+            for a, b in zip(self.a, self.b, strict=True)
+        )

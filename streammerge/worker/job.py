@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -30,7 +32,7 @@ KEPT_BYTES = 8 * 1024**2
 
 
 class TaskStoppedError(Exception):
-    """A task was ended because the run is over; nobody hears of it."""
+    """A task was ended because the run is over, for a failure elsewhere or for want of time."""
 
 
 class Job:
@@ -42,17 +44,26 @@ class Job:
         adapters: Sequence[Adapter] | Mapping[int, Adapter],
         directory: Path,
         starts: Sequence[int],
+        deadline: float = math.inf,
     ) -> None:
+        """Set it up.
+
+        Args:
+            plan: what is to be done.
+            adapters: the manifests that it was made from, by their positions.
+            directory: of the output's files.
+            starts: where each output file's data begin.
+            deadline: when the run is over, on the clock of `time.monotonic`.
+        """
         self.plan = plan
         self.adapters = adapters
-        """By their positions."""
         self.directory = directory
         self.starts = starts
-        """Where each output file's data begin."""
         self.device = torch.device(plan.device)
         self.files = OpenFiles()
         self.stopped = threading.Event()
-        """Set when the run is over for all: tasks end at their next read."""
+        """Set when the run is over for all: tasks end at their next tile."""
+        self._deadline = deadline
         self._window = {"mmap": mapped, "pread": pread}[plan.io](self.files)
         recipe = plan.recipe
         self.dtype: torch.dtype = getattr(torch, recipe["compute_dtype"])
@@ -68,9 +79,27 @@ class Job:
         Raises:
             TaskStoppedError: the run is over.
         """
+        self.check()
+        return self._window(file, offset, nbytes)
+
+    def check(self) -> None:
+        """Go on only while the run does.
+
+        Raises:
+            TaskStoppedError: the run is over.
+        """
         if self.stopped.is_set():
             raise TaskStoppedError
-        return self._window(file, offset, nbytes)
+        self.check_time()
+
+    def check_time(self) -> None:
+        """Go on only while there is time; also after the tasks.
+
+        Raises:
+            TaskStoppedError: the time is over.
+        """
+        if time.monotonic() > self._deadline:
+            raise TaskStoppedError
 
     def writer(self, region: Region) -> RegionWriter:
         """Return the writer of a region."""

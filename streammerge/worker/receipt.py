@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,25 @@ class Receipt:
     target: str
     checksums: tuple[str, str]
     """xxh3-128 of A's and of B's region."""
-    inputs: tuple[tuple[str, str], ...]
-    """xxh3-128 of each source's A and B, as stored."""
+    inputs: tuple[str, ...]
+    """xxh3-128 of each source's target, A and B, the two as stored."""
     certificate: Certificate | None
     device: str
     """Where it was computed, which decides the rounding: "cpu", "cuda", …"""
     seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON holds it; `from_dict` takes it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Receipt:
+        """Return the receipt that `to_dict` gave."""
+        a, b = fields["checksums"]
+        certificate = fields["certificate"]
+        made = {
+            "checksums": (a, b),
+            "inputs": tuple(fields["inputs"]),
+            "certificate": None if certificate is None else Certificate(**certificate),
+        }
+        return cls(**{**fields, **made})

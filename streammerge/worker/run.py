@@ -7,8 +7,9 @@ any order, and again.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -22,6 +23,9 @@ from streammerge.worker.routes import merge_target
 from streammerge.worker.work import Work
 
 _LINALG_ERROR: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _CPU = torch.device("cpu")
 
@@ -77,15 +81,29 @@ def _attempts(device: torch.device, task: Task) -> Iterator[tuple[torch.device, 
 def _run_on(device: torch.device, job: Job, task: Task, each: Each) -> Receipt:
     sources = TargetSources(job, task, device)
     with torch.inference_mode(), job.writer(task.a) as a, job.writer(task.b) as b:
-        certificate = merge_target(Work(job, task, sources, device, a, b, each))
+        work = Work(job, task, sources, device, a, b, _watched(job, each))
+        certificate = merge_target(work)
     return Receipt(
         target=task.target,
         checksums=(a.checksum, b.checksum),
-        inputs=sources.checksums(),
+        inputs=sources.checksums(task.target),
         certificate=certificate,
         device=device.type,
         seconds=0.0,
     )
+
+
+def _watched(job: Job, each: Each) -> Each:
+    """Return `each`, ending with the run: what is held is not read, and may take long."""
+
+    def watched(function: Callable[[T], R], items: Iterable[T], /) -> Iterator[R]:
+        def checked(item: T) -> R:
+            job.check()
+            return function(item)
+
+        return iter(each(checked, items))
+
+    return watched
 
 
 def _is_exhaustion(error: BaseException) -> bool:

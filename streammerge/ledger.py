@@ -1,0 +1,67 @@
+"""What is done of a run: a receipt for each finished target, here and in the journal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from streammerge.output.journal import Journal
+from streammerge.plans import Plan, Task
+from streammerge.worker import Receipt
+
+_MODULUS = 2**128
+
+
+class Ledger:
+    """Keeps a run's receipts; one call at a time."""
+
+    def __init__(self, plan: Plan, journal: Journal) -> None:
+        self._plan = plan
+        self._journal = journal
+        self._done: dict[str, Receipt] = {}
+        self._sums = [0] * len(plan.recipe["adapters"])
+        self._counts = [0] * len(self._sums)
+
+    def begin(self, identity: dict[str, Any], kept: Iterable[tuple[Task, Receipt]]) -> None:
+        """Open the journal, with what an earlier run has done and is taken over.
+
+        Raises:
+            StorageError: the file system refused.
+        """
+        taken = list(kept)
+        self._journal.begin(identity, (receipt.to_dict() for _, receipt in taken))
+        for task, receipt in taken:
+            self._keep(task, receipt)
+
+    def record(self, task: Task, receipt: Receipt) -> None:
+        """Take the receipt of a finished target.
+
+        Raises:
+            StorageError: the file system refused.
+        """
+        self._journal.append(receipt.to_dict())
+        self._keep(task, receipt)
+
+    @property
+    def unfinished(self) -> tuple[Task, ...]:
+        """What is still to be done, in the plan's order."""
+        return tuple(task for task in self._plan.tasks if task.target not in self._done)
+
+    @property
+    def receipts(self) -> list[Receipt]:
+        """The receipts of all targets in the plan's order, without what is in `inputs`."""
+        return [self._done[task.target] for task in self._plan.tasks]
+
+    @property
+    def inputs(self) -> list[tuple[int, str]]:
+        """How many targets of each adapter were read, and one checksum over their tensors."""
+        return [(n, f"{total:032x}") for n, total in zip(self._counts, self._sums, strict=True)]
+
+    def _keep(self, task: Task, receipt: Receipt) -> None:
+        positions = self._plan.sources.adapter[task.first : task.last]
+        for position, digest in zip(positions, receipt.inputs, strict=True):
+            # A sum, for targets finish in any order; and what was added need not be kept.
+            self._sums[position] = (self._sums[position] + int(digest, 16)) % _MODULUS
+            self._counts[position] += 1
+        self._done[task.target] = replace(receipt, inputs=())

@@ -1,0 +1,117 @@
+"""Going on with a run that was killed: what must still be the same, and what is taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from streammerge.adapter import Adapter
+from streammerge.errors import ResumeError, StorageError
+from streammerge.output.journal import Unfinished
+from streammerge.output.writer import region_checksum
+from streammerge.plans import Plan, Task
+from streammerge.worker import Receipt
+
+
+def identity(
+    plan: Plan, adapters: Sequence[Adapter], fingerprint: dict[str, Any]
+) -> dict[str, Any]:
+    """Return all that decides the bytes of an output, as JSON holds it; memory and cores do not."""
+    return {
+        "streammerge": metadata.version("streammerge"),
+        "recipe": plan.recipe,
+        "fingerprint": fingerprint,
+        "inputs": {
+            file.path: [file.size, file.mtime_ns, file.inode]
+            for adapter in adapters
+            for file in adapter.files
+        },
+        "courses": _courses(plan),
+    }
+
+
+def _courses(plan: Plan) -> str:
+    """Return a checksum of how each target is merged and where its tensors lie."""
+    digest = xxhash.xxh3_128()
+    for task in plan.tasks:
+        course = (task.target, task.m, task.n, task.rank, task.route, task.block, task.passes)
+        digest.update(repr((course, task.a, task.b)).encode())
+    return digest.hexdigest()
+
+
+def check_same(
+    output: Path, before: dict[str, Any], now: dict[str, Any], *, mixed_hardware: bool
+) -> None:
+    """Check that what was begun is what would be gone on with.
+
+    Args:
+        output: where it is to lie.
+        before: the identity that the run had.
+        now: the identity that it has.
+        mixed_hardware: whether the fingerprints may differ.
+
+    Raises:
+        ResumeError: it is not; says what has changed.
+    """
+    changes = list(_changes(before, now, mixed_hardware=mixed_hardware))
+    if changes:
+        raise ResumeError(path=str(output), changes=tuple(changes))
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], *, mixed_hardware: bool) -> Iterator[str]:
+    if before["streammerge"] != now["streammerge"]:
+        yield f"it was begun by streammerge {before['streammerge']}; this is {now['streammerge']}"
+    for option in sorted({*before["recipe"], *now["recipe"]}):
+        was, now_is = (_as_json(side["recipe"].get(option)) for side in (before, now))
+        if was != now_is:
+            yield f"{option} was {was}, and is {now_is}"
+    for path in sorted({*before["inputs"], *now["inputs"]}):
+        if before["inputs"].get(path) != now["inputs"].get(path):
+            yield f"{path} is not the file that it was"
+    if before["fingerprint"] != now["fingerprint"] and not mixed_hardware:
+        yield (
+            f"it was computed with {before['fingerprint']}, and would now be with "
+            f"{now['fingerprint']}, which rounds otherwise; mixed_hardware allows it"
+        )
+    if before["courses"] != now["courses"]:
+        yield "the targets, their shapes or the layout of the output are others"
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def take_back(
+    plan: Plan, unfinished: Unfinished, directory: Path, starts: Sequence[int]
+) -> Iterator[tuple[Task, Receipt]]:
+    """Yield the tasks that are done, as their regions show that are read back, with receipts.
+
+    Args:
+        plan: of the run.
+        unfinished: what its journal says.
+        directory: where the output's files lie.
+        starts: where each of these files' data begin.
+    """
+    tasks = {task.target: task for task in plan.tasks}
+    for entry in unfinished.entries:
+        receipt = Receipt.from_dict(entry)
+        task = tasks[receipt.target]
+        if _reads_back(plan, task, receipt, directory, starts):
+            yield tasks.pop(receipt.target), receipt
+
+
+def _reads_back(
+    plan: Plan, task: Task, receipt: Receipt, directory: Path, starts: Sequence[int]
+) -> bool:
+    for region, checksum in zip((task.a, task.b), receipt.checksums, strict=True):
+        path = directory / plan.files[region.file].name
+        try:
+            if region_checksum(path, starts[region.file], region) != checksum:
+                return False
+        except StorageError:
+            return False
+    return True
