@@ -5,6 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 import pickle
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -193,6 +196,62 @@ def test_a_worker_is_killed(tmp_path: Path) -> None:
     assert sum(runs.values()) <= len(runs) + 2
 
 
+def assert_goes_on(paths: list[str], folder: Path, scheduler: str | None = None) -> None:
+    """What the workers have done is kept, and the rest is done here or by others."""
+    heard: list[events.Event] = []
+    streammerge.merge(
+        paths, folder / "out", resume=True, scheduler=scheduler, on_event=heard.append, **HEAVY
+    )
+    resumed = [event.done for event in heard if isinstance(event, events.Resumed)]
+    done = [event for event in heard if isinstance(event, events.TaskDone)]
+    assert len(resumed) == 1
+    assert resumed[0] + len(done) == 150
+    assert not list(folder.glob(".out*"))
+    streammerge.merge(paths, folder / "serial", workers=1, **HEAVY)
+    assert files(folder / "out") == files(folder / "serial")
+
+
+CLIENT = """
+import os, signal, sys
+import streammerge
+from streammerge import events
+
+scheduler, out, *paths = sys.argv[1:]
+done = []
+
+def listen(event):
+    done.append(isinstance(event, events.TaskDone))
+    if sum(done) == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+streammerge.merge(
+    paths, out, scheduler=scheduler, on_event=listen, method="ties_svd", density=0.3, rank=8
+)
+"""
+
+
+def test_the_client_is_killed(tmp_path: Path) -> None:
+    paths = heavy(tmp_path, targets=150)
+    with cluster_of(tmp_path / "cluster", 2) as cluster:
+        arguments = [cluster.address, str(tmp_path / "out"), *paths]
+        killed = subprocess.run([sys.executable, "-c", CLIENT, *arguments], check=False)
+        assert killed.returncode == -signal.SIGKILL
+        assert list((tmp_path / ".out.streammerge").glob(".streammerge-*/*.tasks"))
+        assert_goes_on(paths, tmp_path, cluster.address)
+
+
+def test_the_time_limit_on_a_cluster(tmp_path: Path) -> None:
+    paths = heavy(tmp_path, targets=150)
+    with cluster_of(tmp_path / "cluster", 1) as cluster:
+        with pytest.raises(errors.StoppedError) as caught:
+            streammerge.merge(
+                paths, tmp_path / "out", scheduler=cluster.address, time_limit=3, **HEAVY
+            )
+        assert caught.value.done < caught.value.targets
+        streammerge.merge(paths, tmp_path / "out", scheduler=cluster.address, resume=True, **HEAVY)
+        assert not list(tmp_path.glob(".out*"))
+
+
 def finished_runs(cluster: LocalCluster) -> dict[str, int]:
     """How often each bundle was run to its end."""
     from distributed import Client
@@ -235,7 +294,7 @@ def test_a_late_worker_that_rounds_differently(
             streammerge.merge(
                 paths, tmp_path / "out", scheduler=cluster.address, on_event=listen, **HEAVY
             )
-    assert not list(tmp_path.glob("*out*"))
+    assert_goes_on(paths, tmp_path)
 
 
 def test_the_scheduler_is_lost(tmp_path: Path) -> None:
@@ -246,7 +305,7 @@ def test_the_scheduler_is_lost(tmp_path: Path) -> None:
             streammerge.merge(
                 paths, tmp_path / "out", scheduler=cluster.address, on_event=listen, **HEAVY
             )
-    assert not list(tmp_path.glob("*out*"))
+    assert_goes_on(paths, tmp_path)
 
 
 def test_all_workers_are_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +323,7 @@ def test_all_workers_are_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             streammerge.merge(
                 paths, tmp_path / "out", scheduler=cluster.address, on_event=listen, **HEAVY
             )
-    assert not list(tmp_path.glob("*out*"))
+    assert_goes_on(paths, tmp_path)
 
 
 def test_a_gate_lets_in_what_the_plan_says() -> None:

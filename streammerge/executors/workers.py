@@ -91,7 +91,8 @@ def ask(client: Client, question: Callable[..., Any], *args: Any) -> dict[str, A
 
 def addresses(client: Client) -> list[str]:
     """Return the addresses of the workers that are there now."""
-    return sorted(client.scheduler_info(n_workers=-1)["workers"])
+    # Not scheduler_info: the client overwrites what that returns every two seconds, without workers.
+    return sorted(client.nthreads())
 
 
 def check_scheduler(client: Client) -> None:
