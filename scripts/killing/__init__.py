@@ -1,0 +1,1 @@
+"""Merges that are killed at random moments."""
