@@ -33,10 +33,19 @@ import math
 from typing import Any
 
 
+def printable(text: object) -> str:
+    """Return text on one line and without control characters: names in files may hold escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 class StreammergeError(Exception):
     """Root of the tree; `exit_code` is what the command line returns."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """Return the message; names in files may hold escapes, and a traceback sends it as it is."""
+        return printable(super().__str__())
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers of a cluster send them; Exception's own way calls the class with the message.
