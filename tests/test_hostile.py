@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import pickle
+import re
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import streammerge
 from making import PREFIX, encode, linear, write_adapter
 from streammerge import errors, events
+from streammerge.regular import FEW_WAYS, LONG, _parser, _Walk, _ways, compile_matcher
 
 ONE = {"up": linear(3, 2, 1)}
+SECONDS = 2.0
+"""Of processor time: for what used to take for ever."""
+
+
+@contextmanager
+def in_time() -> Iterator[None]:
+    began = time.process_time()
+    yield
+    assert time.process_time() - began < SECONDS
 
 
 # ---------------------------------------------------------------------------------------------
@@ -44,3 +60,114 @@ def test_notices_as_warnings_are_printable(tmp_path: Path) -> None:
     assert any("owned" in str(warning.message) for warning in caught)
     assert all(str(warning.message).isprintable() for warning in caught)
     streammerge.merge(adapters, tmp_path / "silent", method="cat", on_event=events.ignore)
+
+
+# ---------------------------------------------------------------------------------------------
+# Regular expressions
+
+VICTIM = "a" * 40 + "b"
+ENDLESS = (
+    "(a+)+c",
+    "(a|a)*c",
+    "(a*)*c",
+    "(.*)*c",
+    "(a?){40}" + "a" * 40 + "c",
+    ".*.*.*.*.*.*.*.*c",
+    "(.*,){25}P",
+    "((a{0,1000}){0,1000}){0,1000}c",
+    "(a{1000}){1000}",
+    "(?=(a+)+c)a",
+)
+
+
+@pytest.mark.parametrize("entry", ENDLESS)
+def test_patterns_that_a_backtracking_engine_never_ends_on(entry: str, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "in", {VICTIM: linear(3, 2, 1)}, rank_pattern={entry: 7})
+    with in_time():
+        adapter = streammerge.open_adapter(path)
+    assert adapter.columns.declared_rank.tolist() == [1]
+
+
+REFUSED = {
+    "a{99999999999999999999}": "repetition number",
+    "(" * 3000 + ")" * 3000: "recursion|deep",
+    "(" * 100 + "a" + ")" * 100: "deep",
+    r"(a|ab)*\1c": "groupref",
+    "(?>a+)b": "atomic_group",
+    "a++b": "possessive_repeat",
+    "(?i:a)": "flags",
+    "[[a]": "",
+    "(": "missing",
+}
+
+
+@pytest.mark.parametrize("entry", REFUSED)
+def test_patterns_that_are_refused(entry: str, tmp_path: Path) -> None:
+    """Or read without a word, where only Python has doubts."""
+    path = write_adapter(tmp_path / "in", ONE, alpha_pattern={entry: 7})
+    if not REFUSED[entry]:
+        streammerge.open_adapter(path)
+        return
+    with pytest.raises(
+        errors.CorruptFileError, match=rf"alpha_pattern.*({REFUSED[entry]})"
+    ) as caught:
+        streammerge.open_adapter(path)
+    assert len(str(caught.value)) < 1000
+
+
+pieces = st.sampled_from(
+    [
+        "a",
+        "b",
+        ".",
+        r"\.",
+        r"\d",
+        r"\W",
+        "[ab]",
+        "[^a.]",
+        "[a-z0]",
+        r"[\d.]",
+        "",
+        "^",
+        "$",
+        r"\b",
+        r"\B",
+    ]
+)
+quantifiers = st.sampled_from(["", "", "*", "+", "?", "{2}", "{1,2}", "*?", "{0,3}?"])
+
+
+def joined(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    groups = st.sampled_from(["({})", "(?:{})", "(?={})", "(?!{})"])
+    alternatives = st.lists(inner, min_size=1, max_size=3).map("|".join)
+    grouped = st.builds(lambda group, text: group.format(text), groups, alternatives)
+    repeated = st.builds(lambda text, times: text + times, grouped, quantifiers)
+    return st.lists(st.one_of(repeated, inner), min_size=1, max_size=3).map("".join)
+
+
+expressions = st.recursive(st.builds(lambda p, q: (p + q) if p else p, pieces, quantifiers), joined)
+
+
+@settings(max_examples=400)
+@given(expression=expressions, text=st.text("ab.0 _", min_size=1, max_size=7))
+@example(expression="(a|ab)(c|bcd)?", text="abcd")
+@example(expression=r"(?<=a)b|a", text="ab")
+@example(expression=r"x*(?<!a)b", text="b")
+def test_sets_of_places_match_as_re_does(expression: str, text: str) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = re.compile(f"({expression})$").match(text) is not None
+            nodes = _parser.parse(f"({expression})$")
+    except re.error:
+        return
+    assert bool(_Walk(text).after_all(nodes, frozenset((0,)))) == expected
+
+
+def test_few_ways_are_left_to_re() -> None:
+    """Which is a hundred times as fast, for entries as people write them."""
+    for entry in (r".*\.q_proj", r"h\.\d+\.(up|down)", "(a|b|c)"):
+        assert _ways(_parser.parse(rf"(.*\.)?({entry})$"), 0) <= FEW_WAYS
+    long = "a." * LONG + "q_proj"
+    assert compile_matcher(r"(.*\.)?(.*\.q_proj)$")(long)
+    assert not compile_matcher(r"(.*\.)?(.*\.q_proj)$")(long + "x")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.adapter import CONFIG_NAME, AdapterConfig
-from streammerge.errors import CorruptFileError, UnsupportedAdapterError
+from streammerge.errors import CorruptFileError, UnsupportedAdapterError, shorten
 from streammerge.patterns import compile_entry
 
 MAX_CONFIG_BYTES = 64 * 1024**2
@@ -129,7 +129,8 @@ def _pattern(path: Path, key: str, raw: Mapping[str, Any], check: Any) -> dict[s
             compile_entry(name)
         except re.error as error:
             raise CorruptFileError(
-                f"{key}: {name!r} is not a regular expression ({error})", path=str(path)
+                f"{key}: {shorten(name)} is no regular expression to match paths with ({error})",
+                path=str(path),
             ) from error
     return {name: check(path, f"{key}[{name!r}]", value) for name, value in entries.items()}
 
