@@ -16,7 +16,7 @@ from re import _constants as sre  # type: ignore[attr-defined]  # re shows no ot
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
-FEW_WAYS = 10**5
+FEW_WAYS = 3 * 10**6
 """So many ways to match a text are tried one after another."""
 
 LONG = 128
@@ -72,13 +72,20 @@ def _ways(nodes: Nodes, depth: int) -> float:
             ways *= _ways(argument[3], depth + 1)
         elif kind in _REPEATS:
             inner, most = _ways(argument[2], depth + 1), min(LONG, int(argument[1]))
-            one = len(argument[2]) == 1 and argument[2][0][0] in _CHARACTERS
-            ways *= most + 1 if one or (most == 1 and inner == 1) else _power(1 + inner, most)
+            ways *= (
+                most + 1
+                if _is_character(argument[2]) or (most == 1 and inner == 1)
+                else _power(1 + inner, most)
+            )
         elif kind in _ASSERTIONS:
             ways *= _ways(argument[1], depth + 1)
         elif kind not in (*_CHARACTERS, sre.AT):
             raise re.error(f"{str(kind).lower()} is not supported")
     return ways
+
+
+def _is_character(nodes: Any) -> bool:
+    return len(nodes) == 1 and nodes[0][0] in _CHARACTERS
 
 
 def _power(ways: float, times: int) -> float:
@@ -123,6 +130,8 @@ class _Walk:
             return self.after_all(argument[3], here)
         if kind in _REPEATS:
             least, most, nodes = argument
+            if _is_character(nodes):
+                return self._run(least, int(most), nodes[0], place)
             return self._repeat(least, int(most), nodes, here)
         direction, nodes = argument
         if direction > 0:
@@ -130,6 +139,13 @@ class _Walk:
         else:
             found = any(place in self.after_all(nodes, frozenset((s,))) for s in range(place + 1))
         return here if found == (kind is sre.ASSERT) else frozenset()
+
+    def _run(self, least: int, most: int, node: tuple[Any, Any], place: int) -> Places:
+        """Return where so many repetitions of one character may end."""
+        end, last = place, min(len(self._text), place + most)
+        while end < last and _is_one(node[0], node[1], self._text[end]):
+            end += 1
+        return frozenset(range(place + least, end + 1))
 
     def _repeat(self, least: int, most: int, nodes: Nodes, places: Places) -> Places:
         """Return where so many repetitions may end; each round is one more of them."""
