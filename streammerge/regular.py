@@ -130,9 +130,8 @@ class _Walk:
             return self.after_all(argument[3], here)
         if kind in _REPEATS:
             least, most, nodes = argument
-            if _is_character(nodes):
-                return self._run(least, int(most), nodes[0], place)
-            return self._repeat(least, int(most), nodes, here)
+            repeat = self._run if _is_character(nodes) else self._repeat
+            return repeat(least, int(most), nodes, place)
         direction, nodes = argument
         if direction > 0:
             found = bool(self.after_all(nodes, here))
@@ -140,16 +139,18 @@ class _Walk:
             found = any(place in self.after_all(nodes, frozenset((s,))) for s in range(place + 1))
         return here if found == (kind is sre.ASSERT) else frozenset()
 
-    def _run(self, least: int, most: int, node: tuple[Any, Any], place: int) -> Places:
+    def _run(self, least: int, most: int, nodes: Any, place: int) -> Places:
         """Return where so many repetitions of one character may end."""
+        ((kind, argument),) = nodes
         end, last = place, min(len(self._text), place + most)
-        while end < last and _is_one(node[0], node[1], self._text[end]):
+        while end < last and _is_one(kind, argument, self._text[end]):
             end += 1
         return frozenset(range(place + least, end + 1))
 
-    def _repeat(self, least: int, most: int, nodes: Nodes, places: Places) -> Places:
+    def _repeat(self, least: int, most: int, nodes: Nodes, place: int) -> Places:
         """Return where so many repetitions may end; each round is one more of them."""
-        ends = places if least == 0 else frozenset()
+        places: Places = frozenset((place,))
+        ends: Places = places if least == 0 else frozenset()
         for times in range(1, most + 1):
             before, places = places, self.after_all(nodes, places)
             if not places or (times > least and places <= ends):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import time
@@ -16,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import streammerge
-from making import PREFIX, encode, linear, write_adapter
+from making import PREFIX, WEIGHTS, encode, frame, linear, write_adapter
 from streammerge import errors, events
 from streammerge.regular import FEW_WAYS, LONG, _parser, _Walk, _ways, compile_matcher
 
@@ -171,3 +172,23 @@ def test_few_ways_are_left_to_re() -> None:
     long = "a." * LONG + "q_proj"
     assert compile_matcher(r"(.*\.)?(.*\.q_proj)$")(long)
     assert not compile_matcher(r"(.*\.)?(.*\.q_proj)$")(long + "x")
+
+
+# ---------------------------------------------------------------------------------------------
+# Headers
+
+
+def with_header(directory: Path, text: str, data_bytes: int = 0) -> Path:
+    """An adapter whose weights have this header, and zeros that take no disk."""
+    write_adapter(directory, ONE)
+    (directory / WEIGHTS).write_bytes(frame(text.encode()))
+    os.truncate(directory / WEIGHTS, 8 + len(text.encode()) + data_bytes)
+    return directory
+
+
+def test_the_last_of_many_tensors_stands_twice(tmp_path: Path) -> None:
+    entry = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    names = [*range(60_000), 59_999]
+    text = "{" + ",".join(f'"k{name}":{entry}' for name in names) + "}"
+    with in_time(), pytest.raises(errors.CorruptFileError, match="'k59999' stands twice"):
+        streammerge.open_adapter(with_header(tmp_path / "in", text))

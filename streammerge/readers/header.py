@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import itemgetter
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from streammerge.adapter import TensorFile
-from streammerge.errors import CorruptFileError, MissingFileError
+from streammerge.errors import CorruptFileError, MissingFileError, shorten
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
@@ -181,9 +182,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build an object, refusing keys that stand twice: readers differ on which one counts."""
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice")
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {shorten(twice)} stands twice")
     return fields
 
 
