@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import pickle
 import re
@@ -192,3 +194,35 @@ def test_the_last_of_many_tensors_stands_twice(tmp_path: Path) -> None:
     text = "{" + ",".join(f'"k{name}":{entry}' for name in names) + "}"
     with in_time(), pytest.raises(errors.CorruptFileError, match="'k59999' stands twice"):
         streammerge.open_adapter(with_header(tmp_path / "in", text))
+
+
+LONG_NAMES = {
+    "dots": PREFIX + "." * 300_000 + ".lora_A.weight",
+    "prefixes": PREFIX * 20_000 + "up.lora_A.weight",
+    "prefixes and no target": PREFIX * 20_000 + "\\n",
+}
+
+
+@pytest.mark.parametrize("name", LONG_NAMES)
+def test_names_that_take_the_square_of_their_length(name: str, tmp_path: Path) -> None:
+    text = f'{{"{LONG_NAMES[name]}":{{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}}}}'
+    with in_time(), pytest.raises(errors.CorruptFileError, match="characters") as caught:
+        streammerge.open_adapter(with_header(tmp_path / "in", text, 4))
+    assert len(str(caught.value)) < 1000
+
+
+def factors_of_zeros(directory: Path, a: list[int], b: list[int]) -> Path:
+    entries, end = {}, 0
+    for side, shape in (("A", a), ("B", b)):
+        start, end = end, end + 2 * math.prod(shape)
+        entry = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
+        entries[f"{PREFIX}up.lora_{side}.weight"] = entry
+    return with_header(directory, json.dumps(entries), end)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [([1, 2**31], [4, 1]), ([2**31, 1], [1, 2**31]), ([1, 2**31, 1], [1, 1, 1])]
+)
+def test_sides_that_no_column_holds(a: list[int], b: list[int], tmp_path: Path) -> None:
+    with pytest.raises(errors.CorruptFileError, match="of no layer"):
+        streammerge.open_adapter(factors_of_zeros(tmp_path / "in", a, b))

@@ -26,6 +26,9 @@ MAX_HEADER_BYTES = 100_000_000
 
 MAX_DIMENSIONS = 16
 
+MAX_NAME = 1024
+"""Characters of a tensor's name; what is done with a path may take their square."""
+
 MAX_NUMBER = 2**63 - 1
 """No size and no offset in a file is larger."""
 
@@ -197,6 +200,12 @@ def _metadata(path: Path, metadata: Any) -> dict[str, str]:
 
 def _entries(path: Path, fields: dict[str, Any], start: int) -> Iterator[Entry]:
     for name, facts in fields.items():
+        if len(name) > MAX_NAME:
+            raise CorruptFileError(
+                f"its header names a tensor by {len(name)} characters ({shorten(name)}); {MAX_NAME} "
+                "are read at most",
+                path=str(path),
+            )
         try:
             dtype, shape, (low, high) = facts["dtype"], facts["shape"], facts["data_offsets"]
             numbers = (*shape, low, high)
@@ -218,7 +227,7 @@ def _entries(path: Path, fields: dict[str, Any], start: int) -> Iterator[Entry]:
         if not _is_text(name):
             raise CorruptFileError("its header names a tensor by what is no text", path=str(path))
         if dtype not in _BITS:
-            raise CorruptFileError(f"unknown dtype {dtype!r}", path=str(path), tensor=name)
+            raise CorruptFileError(f"unknown dtype {shorten(dtype)}", path=str(path), tensor=name)
         if _BITS[dtype] * math.prod(shape) != (high - low) * 8:
             raise CorruptFileError(
                 f"dtype {dtype} and shape {shape} do not take the {high - low} bytes that its "
