@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import streammerge
 from making import PREFIX, WEIGHTS, encode, frame, linear, write_adapter
 from streammerge import errors, events
 from streammerge.regular import FEW_WAYS, LONG, _parser, _Walk, _ways, compile_matcher
+from streammerge.tiling import longest, split
 
 ONE = {"up": linear(3, 2, 1)}
 SECONDS = 2.0
@@ -226,3 +228,29 @@ def factors_of_zeros(directory: Path, a: list[int], b: list[int]) -> Path:
 def test_sides_that_no_column_holds(a: list[int], b: list[int], tmp_path: Path) -> None:
     with pytest.raises(errors.CorruptFileError, match="of no layer"):
         streammerge.open_adapter(factors_of_zeros(tmp_path / "in", a, b))
+
+
+@pytest.mark.parametrize("method", ["cat", "ties", "svd", "ties_svd"])
+@pytest.mark.parametrize("side", [2**27, 2**30, 2**31 - 1])
+def test_a_target_of_a_billion_rows_is_refused_in_time(
+    side: int, method: str, tmp_path: Path
+) -> None:
+    """By its size, and not by a list of its tiles."""
+    path = factors_of_zeros(tmp_path / "in", [1, side], [side, 1])
+    density = {"density": 0.5} if "ties" in method else {}
+    with in_time(), suppress(errors.BudgetError):
+        streammerge.plan([path], method=method, workers=2, max_memory="4GiB", **density)
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 1000, 1001])
+@pytest.mark.parametrize("size", [1, 7, 300])
+def test_pieces_are_those_of_the_edges(length: int, size: int) -> None:
+    pieces = split(length, size)
+    edges = [length * i // len(pieces) for i in range(len(pieces) + 1)]
+    expected = list(itertools.pairwise(edges))
+    assert list(pieces) == expected == pieces[:]
+    assert pieces[-1] == expected[-1]
+    assert longest(pieces) == longest(expected)
+    assert pieces[2:5] == expected[2:5]
+    with pytest.raises(IndexError):
+        pieces[len(pieces)]

@@ -202,8 +202,8 @@ def _entries(path: Path, fields: dict[str, Any], start: int) -> Iterator[Entry]:
     for name, facts in fields.items():
         if len(name) > MAX_NAME:
             raise CorruptFileError(
-                f"its header names a tensor by {len(name)} characters ({shorten(name)}); {MAX_NAME} "
-                "are read at most",
+                f"its header names a tensor by {len(name)} characters ({shorten(name)}), and "
+                f"{MAX_NAME} are the limit",
                 path=str(path),
             )
         try:
