@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import re
+import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import streammerge
-from making import PREFIX, WEIGHTS, encode, frame, linear, write_adapter
+from making import CONFIG, INDEX, PREFIX, WEIGHTS, encode, frame, linear, write_adapter
 from streammerge import errors, events
 from streammerge.regular import FEW_WAYS, LONG, _parser, _Walk, _ways, compile_matcher
 from streammerge.tiling import longest, split
@@ -254,3 +255,54 @@ def test_pieces_are_those_of_the_edges(length: int, size: int) -> None:
     assert pieces[2:5] == expected[2:5]
     with pytest.raises(IndexError):
         pieces[len(pieces)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+
+def put_in_place(adapter: Path, name: str, what: str) -> None:
+    (adapter / name).unlink(missing_ok=True)
+    if name == INDEX:
+        (adapter / WEIGHTS).unlink()
+    if what == "a pipe":
+        os.mkfifo(adapter / name)
+    else:
+        (adapter / name).symlink_to({"a device": "/dev/zero", "a loop": name}[what])
+
+
+@pytest.mark.parametrize("what", ["a pipe", "a device", "a loop"])
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, INDEX, "streammerge.json"])
+def test_what_is_no_file_is_not_waited_for(name: str, what: str, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "in", ONE)
+    put_in_place(adapter, name, what)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(5)
+    try:
+        if name == "streammerge.json":
+            streammerge.verify(adapter)
+        else:
+            with pytest.raises(errors.AdapterError, match=str(adapter)):
+                streammerge.open_adapter(adapter)
+    finally:
+        signal.alarm(0)
+
+
+@pytest.mark.parametrize("name", [CONFIG, INDEX])
+def test_files_that_are_too_large_to_be_what_they_are_called(name: str, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "in", ONE)
+    if name == INDEX:
+        (adapter / WEIGHTS).unlink()
+    (adapter / name).touch()
+    os.truncate(adapter / name, 2**40)
+    with pytest.raises(errors.CorruptFileError, match=f"{2**40} bytes"):
+        streammerge.open_adapter(adapter)
+
+
+def test_an_index_of_more_shards_than_are_counted(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "in", ONE)
+    (adapter / WEIGHTS).unlink()
+    weight_map = {f"t{i}": f"s{i}" for i in range(2**16)}
+    (adapter / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(errors.CorruptFileError, match="65536 files"):
+        streammerge.open_adapter(adapter)

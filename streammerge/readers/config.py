@@ -15,6 +15,7 @@ from typing import Any
 
 from streammerge.adapter import CONFIG_NAME, AdapterConfig
 from streammerge.errors import CorruptFileError, UnsupportedAdapterError, shorten
+from streammerge.files import read_whole
 from streammerge.patterns import compile_entry
 
 MAX_CONFIG_BYTES = 64 * 1024**2
@@ -47,13 +48,11 @@ def read_config(directory: Path) -> AdapterConfig | None:
     """
     path = directory / CONFIG_NAME
     try:
-        text = path.read_bytes() if path.stat().st_size <= MAX_CONFIG_BYTES else None
+        text = read_whole(path, MAX_CONFIG_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise CorruptFileError(f"cannot be read ({error.strerror})", path=str(path)) from error
-    if text is None:
-        raise CorruptFileError(f"is over {MAX_CONFIG_BYTES} bytes", path=str(path))
     return parse_config(path, text)
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from streammerge.adapter import TensorFile
 from streammerge.errors import CorruptFileError, MissingFileError, shorten
+from streammerge.files import open_regular
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
@@ -102,7 +103,7 @@ def read_text(path: Path) -> HeaderText:
         CorruptFileError: not a safetensors file, or truncated inside its header.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             status = os.fstat(file.fileno())
             length = _header_length(path, file.read(8), status.st_size)
             text = file.read(length)

@@ -30,6 +30,7 @@ from streammerge.adapter import (
     NameTable,
 )
 from streammerge.errors import CorruptFileError, MissingFileError, UnsupportedAdapterError
+from streammerge.files import read_whole
 from streammerge.patterns import Value, pattern_lookup
 from streammerge.readers.config import read_config
 from streammerge.readers.header import (
@@ -43,6 +44,12 @@ from streammerge.readers.pairs import Factors, pair_up
 from streammerge.readers.recognise import recognise
 
 PICKLE_NAME = "adapter_model.bin"
+
+MAX_INDEX_BYTES = 100_000_000
+"""As large as a header may be, for it holds the same names."""
+
+MAX_SHARDS = 2**16 - 1
+"""A column of a manifest counts them in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -175,15 +182,21 @@ def _index(directory: Path) -> Path:
 def _read_shards(index: Path) -> list[Header]:
     """Read the headers of all shards that an index names, and check that it tells the truth."""
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = json.loads(read_whole(index, MAX_INDEX_BYTES))["weight_map"]
         names = sorted(set(weight_map.values()))
         plain = all(Path(name).name == name != "" and name.isprintable() for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise CorruptFileError(f"cannot be read ({error.strerror})", path=str(index)) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptFileError("is not a safetensors index", path=str(index)) from error
     if not plain or not names:
         raise CorruptFileError(
             "its weight_map must name files in the same directory, and nothing else",
             path=str(index),
+        )
+    if len(names) > MAX_SHARDS:
+        raise CorruptFileError(
+            f"names {len(names)} files; {MAX_SHARDS} are the limit", path=str(index)
         )
     headers = [read_header(index.with_name(name)) for name in names]
     found = {
