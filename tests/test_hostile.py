@@ -306,3 +306,25 @@ def test_an_index_of_more_shards_than_are_counted(tmp_path: Path) -> None:
     (adapter / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(errors.CorruptFileError, match="65536 files"):
         streammerge.open_adapter(adapter)
+
+
+# ---------------------------------------------------------------------------------------------
+# Values
+
+
+@pytest.mark.parametrize("key", ["auto_mapping", "revision"])
+@pytest.mark.parametrize("text", ["1e999", "[NaN]", '{"a": -Infinity}', "[" * 900 + "]" * 900])
+def test_values_that_cannot_be_written_again(key: str, text: str, tmp_path: Path) -> None:
+    """They went into the output's config, and failed there when all the work was done."""
+    adapter = write_adapter(tmp_path / "in", ONE)
+    config = (adapter / CONFIG).read_text()
+    (adapter / CONFIG).write_text(f'{config[:-1]}, "{key}": {text}}}')
+    streammerge.merge([adapter], tmp_path / "out", method="cat")
+    assert json.loads((tmp_path / "out" / CONFIG).read_text())[key] is None
+
+
+def test_values_of_the_right_kind_are_kept(tmp_path: Path) -> None:
+    more = {"auto_mapping": {"base_model_class": "A", "parent_library": None}, "revision": "main"}
+    adapter = write_adapter(tmp_path / "in", ONE, **more)
+    config = streammerge.plan([adapter]).config
+    assert {key: config[key] for key in more} == more
