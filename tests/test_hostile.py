@@ -11,9 +11,10 @@ import re
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -328,3 +329,59 @@ def test_values_of_the_right_kind_are_kept(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "in", ONE, **more)
     config = streammerge.plan([adapter]).config
     assert {key: config[key] for key in more} == more
+
+
+@pytest.mark.parametrize(
+    "key", ["peft_type", "r", "lora_alpha", "rank_pattern", "init_lora_weights"]
+)
+def test_values_of_any_depth_and_size_are_named_shortly(key: str, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "in", ONE)
+    config = json.loads((adapter / CONFIG).read_text())
+    for text in (
+        *("[" * n + "]" * n for n in range(880, 1000, 4)),
+        json.dumps("pissa" + "x" * 10**6),
+    ):
+        whole = json.dumps(config | {key: None}).replace(f'"{key}": null', f'"{key}": {text}')
+        (adapter / CONFIG).write_text(whole)
+        with suppress(errors.AdapterError):
+            streammerge.open_adapter(adapter)
+            continue
+        with pytest.raises(errors.AdapterError) as caught:
+            streammerge.open_adapter(adapter)
+        assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "x\\0y", "", "/dev/null/x"])
+def test_paths_that_no_directory_can_have(path: str) -> None:
+    with pytest.raises(errors.AdapterError):
+        streammerge.open_adapter(path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Records
+
+
+def spoil(out: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    record = json.loads((out / "streammerge.json").read_text())
+    change(record)
+    (out / "streammerge.json").write_text(json.dumps(record))
+    return out
+
+
+RECORDS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a header of any length": lambda r: r["files"][0].update(header_bytes=2**60),
+    "a header of less than nothing": lambda r: r["files"][0].update(header_bytes=-1),
+    "a file elsewhere": lambda r: r["files"][0].update(name="../in/" + WEIGHTS),
+    "a pipe": lambda r: r["other_files"].update(pipe="00"),
+    "sizes below nothing": lambda r: [t.update(shape=[-1, 5]) for t in r["tensors"].values()],
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_records_that_ask_for_the_impossible(name: str, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "in", ONE)
+    streammerge.merge([adapter], tmp_path / "out", method="cat")
+    if name == "a pipe":
+        os.mkfifo(tmp_path / "out" / "pipe")
+    with in_time(), pytest.raises((errors.VerificationError, errors.CorruptFileError)):
+        streammerge.verify(spoil(tmp_path / "out", RECORDS[name]))

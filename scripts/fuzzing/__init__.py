@@ -1,4 +1,4 @@
-"""Fuzzing: what is read of adapters, and what merges give. Every case is a function of its number."""
+"""What is read of adapters and what merges give, fuzzed; a case is a function of its number."""
 
 import sys
 from pathlib import Path

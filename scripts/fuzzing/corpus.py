@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from fuzzing.directories import Directory, File, write_directory
 from making import (
     CONFIG,
     INDEX,
@@ -20,8 +21,6 @@ from making import (
     make_factors,
     render,
 )
-
-from fuzzing.directories import Directory, File, write_directory
 from streammerge.adapter import NameTable
 from streammerge.budget import Budget
 from streammerge.output.record import write_config, write_record

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from making import WEIGHTS
-
 from fuzzing.directories import Directory, File, header_of, with_header
 from fuzzing.odd import odd_name, odd_text, odd_value
+from making import WEIGHTS
 
 TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|-?[\d.eE+]+|true|false|null|NaN|Infinity|[{}\[\],:]')
 

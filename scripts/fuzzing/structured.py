@@ -8,11 +8,10 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from making import CONFIG, INDEX, PREFIX, WEIGHTS
-
 from fuzzing.corpus import ONE, SHARDS, as_json, one_file, sharded
 from fuzzing.directories import Directory, File, Folder, Link, Pipe, with_header
 from fuzzing.odd import NUMBERS, PATHS, REGEXES, VICTIM, deep, odd_name, odd_text, odd_value
+from making import CONFIG, INDEX, PREFIX, WEIGHTS
 
 ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "BOOL": 1, "I64": 8}
 OTHER_DTYPES = ("F4", "F6_E2M3", "F8_E4M3", "C64", "F33", "f32", "", "\x1b[31m", None, 4, ["F32"])

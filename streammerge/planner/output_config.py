@@ -117,7 +117,7 @@ def _text(value: Any) -> str | None:
 
 
 def _mapping(value: Any) -> dict[str, str | None] | None:
-    """Return an auto_mapping as PEFT writes it; JSON may hold there what cannot be written again."""
+    """Return an auto_mapping as PEFT writes it; others may not be writable as JSON again."""
     if not isinstance(value, dict) or not all(isinstance(v, str | None) for v in value.values()):
         return None
     return value

@@ -95,9 +95,9 @@ def _refuse_other_types(path: Path, raw: Mapping[str, Any]) -> None:
         )
     if kind != "LORA":
         raise UnsupportedAdapterError(
-            f"peft_type is {kind!r}; only LORA adapters can be merged",
+            f"peft_type is {shorten(kind)}; only LORA adapters can be merged",
             path=str(path),
-            variant=str(kind),
+            variant=kind if isinstance(kind, str) else shorten(kind),
         )
 
 
@@ -112,8 +112,8 @@ def _refuse_variants(path: Path, raw: Mapping[str, Any]) -> None:
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING):
         raise UnsupportedAdapterError(
-            f"init_lora_weights is {init!r}: this file is a difference against a changed base. "
-            "Convert it when saving (save_pretrained, path_initial_model_for_weight_conversion)",
+            f"init_lora_weights is {shorten(init)}: this file is a difference against a changed "
+            "base. Convert it when saving (save_pretrained, path_initial_model_for_weight_conversion)",
             path=str(path),
             variant=init,
         )
@@ -131,13 +131,13 @@ def _pattern(path: Path, key: str, raw: Mapping[str, Any], check: Any) -> dict[s
                 f"{key}: {shorten(name)} is no regular expression to match paths with ({error})",
                 path=str(path),
             ) from error
-    return {name: check(path, f"{key}[{name!r}]", value) for name, value in entries.items()}
+    return {name: check(path, f"{key}[{shorten(name)}]", value) for name, value in entries.items()}
 
 
 def _rank(path: Path, key: str, value: Any) -> int:
     if type(value) is not int or not 0 < value < 2**31:
         raise CorruptFileError(
-            f"{key} must be a positive integer, not {repr(value)[:40]}", path=str(path)
+            f"{key} must be a positive integer, not {shorten(value)[:40]}", path=str(path)
         )
     return value
 
@@ -149,7 +149,7 @@ def _number(path: Path, key: str, value: Any) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise CorruptFileError(
-            f"{key} must be a finite number, not {repr(value)[:40]}", path=str(path)
+            f"{key} must be a finite number, not {shorten(value)[:40]}", path=str(path)
         )
     return number
 

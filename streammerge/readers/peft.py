@@ -151,9 +151,15 @@ def _adapter(
 
 
 def _check_directory(directory: Path) -> None:
-    if directory.is_dir():
-        return
-    if directory.exists():
+    try:
+        if directory.is_dir():
+            return
+        there = directory.exists()
+    except OSError as error:
+        raise MissingFileError(
+            f"cannot be opened ({error.strerror})", path=str(directory)
+        ) from error
+    if there:
         raise MissingFileError(
             "is a file; give the adapter's directory, with adapter_config.json in it",
             path=str(directory),
