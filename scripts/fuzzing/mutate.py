@@ -68,7 +68,7 @@ def _change_bytes(random: Random, data: bytes) -> bytes:
 
 
 def _change_tokens(random: Random, data: bytes) -> bytes:
-    """Put other text in the place of some tokens: numbers no parser gives back, and half objects."""
+    """Put other text in the place of some tokens: numbers that no parser gives, half objects."""
     text = data.decode(errors="replace")
     for _ in range(random.choice((1, 1, 2, 5))):
         found = list(TOKEN.finditer(text))
@@ -127,10 +127,8 @@ def _holders(tree: Any) -> list[Any]:
 
 def splice(random: Random, one: Directory, other: Directory) -> Directory:
     """The files of two directories mixed, or two headers joined at some byte."""
-    mixed = dict(one)
-    for name, piece in other.items():
-        if random.random() < 0.5:
-            mixed[name] = piece
+    taken = {name: piece for name, piece in other.items() if random.random() < 0.5}
+    mixed = {**one, **taken}
     first, second = one.get(WEIGHTS), other.get(WEIGHTS)
     if random.random() < 0.5 and isinstance(first, File) and isinstance(second, File):
         cut, start = (random.randrange(len(f.head) + 1) for f in (first, second))

@@ -117,7 +117,7 @@ def run_case(place: Path, seed: int, number: int, *, with_real: bool = True) -> 
 
 
 def _limit_memory() -> None:
-    """A worker may not take much more than a case may: what does is an error, not a dead machine."""
+    """Have what takes much more than a case may end in an error, and not the machine."""
     with Path("/proc/self/statm").open() as stream:
         held = int(stream.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + 4 * MEMORY_BYTES,) * 2)

@@ -57,7 +57,7 @@ def lay(dtype: str, shape: list[int], start: int) -> tuple[dict[str, Any], int]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}, stop
 
 
-def spoil_entry(random: Random, entries: Fields, end: int) -> int:
+def spoil_entry(random: Random, entries: Fields, end: int) -> int:  # noqa: PLR0912  # a fault each
     """Make one thing wrong in one entry; returns the bytes of the data."""
     name, entry = entries[random.randrange(len(entries))]
     if not isinstance(entry, dict) or not isinstance(entry.get("data_offsets"), list):
@@ -92,7 +92,7 @@ def spoil_entry(random: Random, entries: Fields, end: int) -> int:
         case 11:
             entries.append((odd_name(random), odd_value(random)))
         case 12:
-            entry["shape"] = [True if size == 1 else float(size) for size in (1, *(shape or []))]
+            entry["shape"] = random.choice(([True, 4], [1.0, 4], [4, None], ["4"], [[4]], [-1, -4]))
         case _:
             return end + random.choice((-1, 1, -end, 2**20, 2**40))
     return end

@@ -113,7 +113,8 @@ def _refuse_variants(path: Path, raw: Mapping[str, Any]) -> None:
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING):
         raise UnsupportedAdapterError(
             f"init_lora_weights is {shorten(init)}: this file is a difference against a changed "
-            "base. Convert it when saving (save_pretrained, path_initial_model_for_weight_conversion)",
+            "base. Convert it when saving (save_pretrained, "
+            "path_initial_model_for_weight_conversion)",
             path=str(path),
             variant=init,
         )
