@@ -29,11 +29,17 @@ from streammerge.adapter import (
     Columns,
     NameTable,
 )
-from streammerge.errors import CorruptFileError, MissingFileError, UnsupportedAdapterError
+from streammerge.errors import (
+    CorruptFileError,
+    MissingFileError,
+    UnsupportedAdapterError,
+    shorten,
+)
 from streammerge.files import read_whole
 from streammerge.patterns import Value, pattern_lookup
 from streammerge.readers.config import read_config
 from streammerge.readers.header import (
+    MAX_NAME,
     Header,
     HeaderText,
     parse_header,
@@ -211,7 +217,9 @@ def _read_shards(index: Path) -> list[Header]:
     for tensor, name in weight_map.items():
         if found.get(tensor) != name:
             raise CorruptFileError(
-                f"should be in {name}, and is not", path=str(index), tensor=tensor
+                f"should be in {name}, and is not",
+                path=str(index),
+                tensor=tensor if len(tensor) <= MAX_NAME else shorten(tensor),
             )
     return headers
 
