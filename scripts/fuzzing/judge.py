@@ -188,8 +188,7 @@ def _check_plan(plan: Plan) -> None:
 @contextmanager
 def _limited() -> Iterator[None]:
     """Stop what takes too long, and take warnings for errors, for they reach a terminal too."""
-    signal.signal(signal.SIGPROF, _stop)
-    signal.signal(signal.SIGALRM, _stop)
+    before = [(number, signal.signal(number, _stop)) for number in (signal.SIGPROF, signal.SIGALRM)]
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
     try:
@@ -199,6 +198,8 @@ def _limited() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> NoReturn:
