@@ -196,7 +196,7 @@ def _read_shards(index: Path) -> list[Header]:
     try:
         weight_map = json.loads(read_whole(index, MAX_INDEX_BYTES))["weight_map"]
         names = sorted(set(weight_map.values()))
-        plain = all(Path(name).name == name != "" and name.isprintable() for name in names)
+        plain = all(map(_is_plain, names))
     except OSError as error:
         raise CorruptFileError(f"cannot be read ({error.strerror})", path=str(index)) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -222,6 +222,11 @@ def _read_shards(index: Path) -> list[Header]:
                 tensor=tensor if len(tensor) <= MAX_NAME else shorten(tensor),
             )
     return headers
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name can be that of a file in the same directory."""
+    return 0 < len(name) <= 255 and Path(name).name == name and name.isprintable()
 
 
 def _rows(
