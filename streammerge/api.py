@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from streammerge import events
 from streammerge.adapter import Adapter, NameTable
 from streammerge.budget import CPU, parse_duration
+from streammerge.errors import printable
 from streammerge.output.record import write_timings
 from streammerge.output.staging import Staging, check_output
 from streammerge.plans import Plan
@@ -294,4 +295,4 @@ class StreammergeWarning(UserWarning):
 
 def _warn(event: events.Event) -> None:
     if isinstance(event, events.Notice):
-        warnings.warn(event.message, StreammergeWarning, stacklevel=3)
+        warnings.warn(printable(event.message), StreammergeWarning, stacklevel=3)

@@ -33,13 +33,30 @@ StreammergeError
 from __future__ import annotations
 
 import math
+import reprlib
 from typing import Any
+
+
+def printable(text: object) -> str:
+    """Return text on one line and without control characters: names in files may hold escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def shorten(value: object) -> str:
+    """Return the repr of a value out of a file, which may be of any size and depth."""
+    short = reprlib.Repr()
+    short.maxstring, short.maxlong, short.maxother, short.maxlevel = 200, 40, 40, 3
+    return short.repr(value)
 
 
 class StreammergeError(Exception):
     """Root of the tree; `exit_code` is what the command line returns."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """Return the message, safe to print: a traceback sends it to a terminal as it is."""
+        return printable(super().__str__())
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers of a cluster send them; Exception's own way calls the class with the message.

@@ -12,18 +12,20 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
+from streammerge.regular import compile_matcher
+
 Value = TypeVar("Value", int, float)
 
 _PLAIN = re.compile(r"\^?(?:[\w-]|\\?\.)+\$?")
 
 
-def compile_entry(entry: str) -> re.Pattern[str]:
-    """Return the regular expression that an entry stands for.
+def compile_entry(entry: str) -> Callable[[str], bool]:
+    """Return the function that says whether an entry matches a module's path.
 
     Raises:
-        re.error: it stands for none.
+        re.error: it is no regular expression, or one that could take for ever.
     """
-    return re.compile(rf"(.*\.)?({entry})$")
+    return compile_matcher(rf"(.*\.)?({entry})$")
 
 
 def pattern_lookup(pattern: Mapping[str, Value], default: Value) -> Callable[[str], Value]:
@@ -31,7 +33,7 @@ def pattern_lookup(pattern: Mapping[str, Value], default: Value) -> Callable[[st
     if not pattern:
         return lambda _path: default
     plain, anchored = _Paths(), _Paths()
-    regexes: list[tuple[int, re.Pattern[str]]] = []
+    regexes: list[tuple[int, Callable[[str], bool]]] = []
     values = list(pattern.values())
     for position, entry in enumerate(pattern):
         if _PLAIN.fullmatch(entry):
@@ -43,10 +45,10 @@ def pattern_lookup(pattern: Mapping[str, Value], default: Value) -> Callable[[st
         found = [place for ending in _endings(path) for place in plain.find(ending)]
         found.extend(anchored.find(path))
         best = min(found, default=len(values))
-        for position, regex in regexes:
+        for position, matches in regexes:
             if position > best:
                 break
-            if regex.match(path):
+            if matches(path):
                 return values[position]
         return values[best] if best < len(values) else pattern.get(path, default)
 

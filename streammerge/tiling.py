@@ -6,9 +6,10 @@ worked on at once.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import overload
 
 TILE_ELEMENTS = 2**18
 """Elements of a tile, about: 1 MiB of float32, which stays in a core's cache."""
@@ -33,11 +34,35 @@ SAMPLE = 2**15
 """Elements of a sample at most, about."""
 
 
-def split(length: int, size: int) -> list[tuple[int, int]]:
+@dataclass(frozen=True)
+class Pieces(Sequence[tuple[int, int]]):
+    """Near-equal pieces of a length, each made when it is asked for: a header may promise 10⁹."""
+
+    length: int
+    pieces: int
+
+    def __len__(self) -> int:
+        return self.pieces
+
+    @overload
+    def __getitem__(self, place: int) -> tuple[int, int]: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[tuple[int, int]]: ...
+    def __getitem__(self, place: int | slice) -> tuple[int, int] | list[tuple[int, int]]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(self.pieces)[place]]
+        number = range(self.pieces)[place]
+        return self.length * number // self.pieces, self.length * (number + 1) // self.pieces
+
+    @property
+    def longest(self) -> int:
+        """The length of the longest one."""
+        return -(-self.length // self.pieces)
+
+
+def split(length: int, size: int) -> Pieces:
     """Cut `length` into near-equal pieces of at least `size` (one piece if it is shorter)."""
-    count = max(1, length // size)
-    edges = [length * i // count for i in range(count + 1)]
-    return list(itertools.pairwise(edges))
+    return Pieces(length, max(1, length // size))
 
 
 def sample_size(elements: int) -> int:
@@ -63,17 +88,17 @@ def panels(count: int) -> list[range]:
     return [range(start, stop) for start, stop in split(count, -(-count // PANELS))]
 
 
-def row_tiles(m: int, n: int) -> list[tuple[int, int]]:
+def row_tiles(m: int, n: int) -> Pieces:
     """Return the row ranges of an m × n target's tiles. Shape alone decides, never the budget."""
     return split(m, max(MIN_TILE_ROWS, TILE_ELEMENTS // n))
 
 
-def flat_tiles(elements: int) -> list[tuple[int, int]]:
+def flat_tiles(elements: int) -> Pieces:
     """Return the ranges of a factor's tiles, over its elements in file order."""
     return split(elements, TILE_ELEMENTS)
 
 
-def factor_rows(rows: int, width: int) -> list[tuple[int, int]]:
+def factor_rows(rows: int, width: int) -> Pieces:
     """Return the row ranges in which a rows × width factor is read."""
     return split(rows, max(1, TILE_ELEMENTS // width))
 
@@ -96,16 +121,18 @@ def factor_groups(ranks: Sequence[int], sides: int) -> list[range]:
     return groups
 
 
-def gram_blocks(columns: int) -> list[tuple[int, int]]:
+def gram_blocks(columns: int) -> Pieces:
     """Return the ranges of columns whose products make a Gram matrix, each pair on its own."""
     return split(columns, max(GRAM_BLOCK, -(-columns // 4)))
 
 
-def gram_rows(rows: int) -> list[tuple[int, int]]:
+def gram_rows(rows: int) -> Pieces:
     """Return the ranges of rows that are converted to float64 at once for a Gram matrix."""
     return split(rows, GRAM_ROWS)
 
 
-def longest(tiles: list[tuple[int, int]]) -> int:
+def longest(tiles: Sequence[tuple[int, int]]) -> int:
     """Return the length of the longest range."""
+    if isinstance(tiles, Pieces):
+        return tiles.longest
     return max(stop - start for start, stop in tiles)

@@ -14,12 +14,7 @@ from typing import Any, NoReturn
 
 import click
 
-from streammerge.errors import StoppedError, StreammergeError
-
-
-def printable(text: object) -> str:
-    """Return text on one line and without control characters: names in files may hold escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+from streammerge.errors import StoppedError, StreammergeError, printable
 
 
 def say(*lines: object) -> None:

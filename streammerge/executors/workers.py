@@ -91,7 +91,7 @@ def ask(client: Client, question: Callable[..., Any], *args: Any) -> dict[str, A
 
 def addresses(client: Client) -> list[str]:
     """Return the addresses of the workers that are there now."""
-    # Not scheduler_info: the client overwrites what that returns every two seconds, without workers.
+    # Not scheduler_info, whose answer the client overwrites every two seconds, without workers.
     return sorted(client.nthreads())
 
 

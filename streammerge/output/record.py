@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ import xxhash
 
 from streammerge.adapter import CONFIG_NAME, INDEX_NAME, ITEM_BYTES
 from streammerge.errors import CorruptFileError, MissingFileError, StorageError
+from streammerge.files import open_regular, read_whole
 from streammerge.output.staging import MARK_NAME
 from streammerge.output.writer import READ_BYTES, headers, region_checksum, write_file
 from streammerge.plans import OutputFile, Plan, Region
 
 TIMINGS_NAME = "streammerge-timings.json"
 FORMAT = 1
+
+MAX_RECORD_BYTES = 2**30
+"""A record has some 400 bytes for each tensor."""
 
 
 def write_config(directory: Path, plan: Plan) -> None:
@@ -115,10 +120,12 @@ def read_record(directory: Path) -> dict[str, Any]:
     """
     path = directory / MARK_NAME
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(read_whole(path, MAX_RECORD_BYTES))
     except FileNotFoundError as error:
         raise MissingFileError("no such file", path=str(path)) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CorruptFileError(f"cannot be read ({error.strerror})", path=str(path)) from error
+    except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"is not JSON ({error})", path=str(path)) from error
     if not isinstance(record, dict):
         raise CorruptFileError("is not a JSON object", path=str(path))
@@ -143,7 +150,7 @@ def _check_files(directory: Path, record: dict[str, Any]) -> list[str]:
     for region in _regions(record["tensors"], itemsize):
         if not sound[region.file]:
             continue
-        path = directory / files[region.file].name
+        path = directory / Path(files[region.file].name).name
         start = record["files"][region.file]["header_bytes"]
         try:
             digest = region_checksum(path, start, region)
@@ -158,9 +165,10 @@ def _check_files(directory: Path, record: dict[str, Any]) -> list[str]:
 def _check_header(path: Path, facts: dict[str, Any]) -> str:
     """Return what is wrong with a weights file, its tensors aside; empty when nothing is."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            header = stream.read(facts["header_bytes"])
+        with open_regular(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            # Not more than there is: the record may ask for any number of bytes.
+            header = stream.read(max(0, min(facts["header_bytes"], size)))
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     if size != facts["bytes"]:
@@ -184,7 +192,7 @@ def _digest(data: bytes) -> str:
 def _file_digest(path: Path) -> str | None:
     digest = xxhash.xxh3_128()
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             while data := stream.read(READ_BYTES):
                 digest.update(data)
     except OSError:

@@ -36,7 +36,7 @@ def output_config(
     pattern = rank_pattern(ranks, rank)
     config: dict[str, Any] = {
         "alpha_pattern": pattern,
-        "auto_mapping": _agreed([c.raw.get("auto_mapping") for c in configs]),
+        "auto_mapping": _agreed([_mapping(c.raw.get("auto_mapping")) for c in configs]),
         "base_model_name_or_path": next((c.base_model for c in configs if c.base_model), None),
         "bias": "none",
         "fan_in_fan_out": any(c.fan_in_fan_out for c in configs),
@@ -49,7 +49,7 @@ def output_config(
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": pattern,
-        "revision": _agreed([c.raw.get("revision") for c in configs]),
+        "revision": _agreed([_text(c.raw.get("revision")) for c in configs]),
         "target_modules": _target_modules(configs, sorted(ranks), selected=selected),
         "task_type": task_type,
         "use_dora": False,
@@ -110,6 +110,17 @@ def _usual(ranks: Mapping[str, int]) -> int:
 
 def _agreed(values: Sequence[Any]) -> Any:
     return values[0] if values and all(value == values[0] for value in values) else None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _mapping(value: Any) -> dict[str, str | None] | None:
+    """Return an auto_mapping as PEFT writes it; others may not be writable as JSON again."""
+    if not isinstance(value, dict) or not all(isinstance(v, str | None) for v in value.values()):
+        return None
+    return value
 
 
 def _task_type(types: Sequence[str | None]) -> tuple[str | None, list[str]]:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.adapter import CONFIG_NAME, AdapterConfig
-from streammerge.errors import CorruptFileError, UnsupportedAdapterError
+from streammerge.errors import CorruptFileError, UnsupportedAdapterError, shorten
+from streammerge.files import read_whole
 from streammerge.patterns import compile_entry
 
 MAX_CONFIG_BYTES = 64 * 1024**2
@@ -47,13 +48,11 @@ def read_config(directory: Path) -> AdapterConfig | None:
     """
     path = directory / CONFIG_NAME
     try:
-        text = path.read_bytes() if path.stat().st_size <= MAX_CONFIG_BYTES else None
+        text = read_whole(path, MAX_CONFIG_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise CorruptFileError(f"cannot be read ({error.strerror})", path=str(path)) from error
-    if text is None:
-        raise CorruptFileError(f"is over {MAX_CONFIG_BYTES} bytes", path=str(path))
     return parse_config(path, text)
 
 
@@ -96,9 +95,9 @@ def _refuse_other_types(path: Path, raw: Mapping[str, Any]) -> None:
         )
     if kind != "LORA":
         raise UnsupportedAdapterError(
-            f"peft_type is {kind!r}; only LORA adapters can be merged",
+            f"peft_type is {shorten(kind)}; only LORA adapters can be merged",
             path=str(path),
-            variant=str(kind),
+            variant=kind if isinstance(kind, str) else shorten(kind),
         )
 
 
@@ -113,8 +112,9 @@ def _refuse_variants(path: Path, raw: Mapping[str, Any]) -> None:
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING):
         raise UnsupportedAdapterError(
-            f"init_lora_weights is {init!r}: this file is a difference against a changed base. "
-            "Convert it when saving (save_pretrained, path_initial_model_for_weight_conversion)",
+            f"init_lora_weights is {shorten(init)}: this file is a difference against a changed "
+            "base. Convert it when saving (save_pretrained, "
+            "path_initial_model_for_weight_conversion)",
             path=str(path),
             variant=init,
         )
@@ -129,15 +129,16 @@ def _pattern(path: Path, key: str, raw: Mapping[str, Any], check: Any) -> dict[s
             compile_entry(name)
         except re.error as error:
             raise CorruptFileError(
-                f"{key}: {name!r} is not a regular expression ({error})", path=str(path)
+                f"{key}: {shorten(name)} is no regular expression to match paths with ({error})",
+                path=str(path),
             ) from error
-    return {name: check(path, f"{key}[{name!r}]", value) for name, value in entries.items()}
+    return {name: check(path, f"{key}[{shorten(name)}]", value) for name, value in entries.items()}
 
 
 def _rank(path: Path, key: str, value: Any) -> int:
     if type(value) is not int or not 0 < value < 2**31:
         raise CorruptFileError(
-            f"{key} must be a positive integer, not {repr(value)[:40]}", path=str(path)
+            f"{key} must be a positive integer, not {shorten(value)[:40]}", path=str(path)
         )
     return value
 
@@ -149,7 +150,7 @@ def _number(path: Path, key: str, value: Any) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise CorruptFileError(
-            f"{key} must be a finite number, not {repr(value)[:40]}", path=str(path)
+            f"{key} must be a finite number, not {shorten(value)[:40]}", path=str(path)
         )
     return number
 

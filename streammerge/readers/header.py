@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import itemgetter
@@ -18,12 +19,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from streammerge.adapter import TensorFile
-from streammerge.errors import CorruptFileError, MissingFileError
+from streammerge.errors import CorruptFileError, MissingFileError, shorten
+from streammerge.files import open_regular
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
 
 MAX_DIMENSIONS = 16
+
+MAX_NAME = 1024
+"""Characters of a tensor's name; what is done with a path may take their square."""
 
 MAX_NUMBER = 2**63 - 1
 """No size and no offset in a file is larger."""
@@ -98,7 +103,7 @@ def read_text(path: Path) -> HeaderText:
         CorruptFileError: not a safetensors file, or truncated inside its header.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             status = os.fstat(file.fileno())
             length = _header_length(path, file.read(8), status.st_size)
             text = file.read(length)
@@ -181,9 +186,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build an object, refusing keys that stand twice: readers differ on which one counts."""
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice")
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {shorten(twice)} stands twice")
     return fields
 
 
@@ -197,6 +201,12 @@ def _metadata(path: Path, metadata: Any) -> dict[str, str]:
 
 def _entries(path: Path, fields: dict[str, Any], start: int) -> Iterator[Entry]:
     for name, facts in fields.items():
+        if len(name) > MAX_NAME:
+            raise CorruptFileError(
+                f"its header names a tensor by {len(name)} characters ({shorten(name)}), and "
+                f"{MAX_NAME} are the limit",
+                path=str(path),
+            )
         try:
             dtype, shape, (low, high) = facts["dtype"], facts["shape"], facts["data_offsets"]
             numbers = (*shape, low, high)
@@ -218,7 +228,7 @@ def _entries(path: Path, fields: dict[str, Any], start: int) -> Iterator[Entry]:
         if not _is_text(name):
             raise CorruptFileError("its header names a tensor by what is no text", path=str(path))
         if dtype not in _BITS:
-            raise CorruptFileError(f"unknown dtype {dtype!r}", path=str(path), tensor=name)
+            raise CorruptFileError(f"unknown dtype {shorten(dtype)}", path=str(path), tensor=name)
         if _BITS[dtype] * math.prod(shape) != (high - low) * 8:
             raise CorruptFileError(
                 f"dtype {dtype} and shape {shape} do not take the {high - low} bytes that its "

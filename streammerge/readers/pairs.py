@@ -11,6 +11,9 @@ from streammerge.readers.header import Entry, Header
 
 _KEY = re.compile(rf"((?:{re.escape(PREFIX)})+)(.+?)\.(lora_[AB]\.weight|lora_embedding_[AB])")
 
+MAX_SIDE = 2**31 - 1
+"""No side of a factor is longer."""
+
 _SIDES = {
     "lora_A.weight": "a",
     "lora_embedding_A": "a",
@@ -123,6 +126,12 @@ def _check_shapes(header: Header, a: Entry, b: Entry) -> None:
             f"shape {list(b.shape)}: the B of a convolution must be 1×1",
             path=header.file.path,
             tensor=b.name,
+        )
+    if max(a.shape + b.shape) > MAX_SIDE:
+        raise CorruptFileError(
+            f"shapes {list(a.shape)} of A and {list(b.shape)} of B are of no layer",
+            path=header.file.path,
+            tensor=a.name,
         )
     rank = a.shape[0]
     if b.shape[1] == rank:

@@ -29,10 +29,17 @@ from streammerge.adapter import (
     Columns,
     NameTable,
 )
-from streammerge.errors import CorruptFileError, MissingFileError, UnsupportedAdapterError
+from streammerge.errors import (
+    CorruptFileError,
+    MissingFileError,
+    UnsupportedAdapterError,
+    shorten,
+)
+from streammerge.files import read_whole
 from streammerge.patterns import Value, pattern_lookup
 from streammerge.readers.config import read_config
 from streammerge.readers.header import (
+    MAX_NAME,
     Header,
     HeaderText,
     parse_header,
@@ -43,6 +50,12 @@ from streammerge.readers.pairs import Factors, pair_up
 from streammerge.readers.recognise import recognise
 
 PICKLE_NAME = "adapter_model.bin"
+
+MAX_INDEX_BYTES = 100_000_000
+"""As large as a header may be, for it holds the same names."""
+
+MAX_SHARDS = 2**16 - 1
+"""A column of a manifest counts them in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -144,9 +157,15 @@ def _adapter(
 
 
 def _check_directory(directory: Path) -> None:
-    if directory.is_dir():
-        return
-    if directory.exists():
+    try:
+        if directory.is_dir():
+            return
+        there = directory.exists()
+    except OSError as error:
+        raise MissingFileError(
+            f"cannot be opened ({error.strerror})", path=str(directory)
+        ) from error
+    if there:
         raise MissingFileError(
             "is a file; give the adapter's directory, with adapter_config.json in it",
             path=str(directory),
@@ -175,15 +194,21 @@ def _index(directory: Path) -> Path:
 def _read_shards(index: Path) -> list[Header]:
     """Read the headers of all shards that an index names, and check that it tells the truth."""
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = json.loads(read_whole(index, MAX_INDEX_BYTES))["weight_map"]
         names = sorted(set(weight_map.values()))
-        plain = all(Path(name).name == name != "" and name.isprintable() for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        plain = all(map(_is_plain, names))
+    except OSError as error:
+        raise CorruptFileError(f"cannot be read ({error.strerror})", path=str(index)) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptFileError("is not a safetensors index", path=str(index)) from error
     if not plain or not names:
         raise CorruptFileError(
             "its weight_map must name files in the same directory, and nothing else",
             path=str(index),
+        )
+    if len(names) > MAX_SHARDS:
+        raise CorruptFileError(
+            f"names {len(names)} files; {MAX_SHARDS} are the limit", path=str(index)
         )
     headers = [read_header(index.with_name(name)) for name in names]
     found = {
@@ -192,9 +217,16 @@ def _read_shards(index: Path) -> list[Header]:
     for tensor, name in weight_map.items():
         if found.get(tensor) != name:
             raise CorruptFileError(
-                f"should be in {name}, and is not", path=str(index), tensor=tensor
+                f"should be in {name}, and is not",
+                path=str(index),
+                tensor=tensor if len(tensor) <= MAX_NAME else shorten(tensor),
             )
     return headers
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name can be that of a file in the same directory."""
+    return 0 < len(name) <= 255 and Path(name).name == name and name.isprintable()
 
 
 def _rows(

@@ -1,0 +1,171 @@
+"""Random adapters and recipes: small, and odd wherever a merge may trip."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from making import (
+    PREFIX,
+    Layer,
+    Tensor,
+    convolution,
+    decode,
+    embedding,
+    encode,
+    linear,
+    make_config,
+    write_files,
+)
+from oracle.restated import Source
+from streammerge.catalog import METHODS, RULES, SPACES
+
+DTYPES = ("F32", "F32", "BF16", "F16", "F64")
+OUTPUTS = ("auto", "auto", "float32", "float64", "float16", "bfloat16")
+WEIGHTS = (1.0, 1.0, -1.0, 0.0, 0.5, -0.3, 2.0)
+DENSITIES = (0.0, 1.0, 0.5, 0.25, 0.2, 0.75, 0.001, 0.999)
+SIDES = (1, 2, 3, 8, 13, 40)
+WIDE = ((300, 280), (280, 300), (264, 900))
+"""Matrices that are not decomposed as a whole."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """One adapter: its tensors, its layers, its config, and how its values were drawn."""
+
+    layers: Mapping[str, Layer]
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    dtype: str
+    whole: bool
+    """Whether all values are small whole numbers, so that any arithmetic on them is exact."""
+
+    def source(self, target: str) -> Source:
+        """A target's factors as matrices in float64, with their scaling by PEFT's formula."""
+        layer = self.layers[target]
+        a, b = (
+            decode(self.tensors[PREFIX + target + suffix]).reshape(shape)
+            for suffix, shape in zip(
+                layer.suffixes, ((layer.rank, -1), (-1, layer.rank)), strict=True
+            )
+        )
+        root = math.sqrt(layer.rank) if self.config["use_rslora"] else layer.rank
+        return Source(a, b, self.config["lora_alpha"] / root)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Adapters, the options of their merge, and what may make no difference to its bytes."""
+
+    adapters: tuple[Held, ...]
+    options: Mapping[str, Any]
+    """Of a Recipe."""
+    space: str
+    rule: str
+    io: str
+    workers: int
+    spare: float
+    """Memory beyond the least that works, as a share of it."""
+    scratch: bool
+
+    def write(self, folder: Path) -> tuple[str, ...]:
+        """Write the adapters; returns where they lie."""
+        return tuple(
+            str(write_files(folder / f"{i}", held.tensors, held.config))
+            for i, held in enumerate(self.adapters)
+        )
+
+
+def make_case(random: Random) -> Case:
+    """Draw a case."""
+    method = random.choice(list(METHODS))
+    rule = RULES[METHODS[method].rule]
+    spaces = [s for s in SPACES if s != "exact" or rule.name == "linear"]
+    space = random.choice(spaces) if random.random() < 0.2 else METHODS[method].space
+    count = random.choice((1, 2, 2, 3, 3, 5))
+    shapes = [_shape(random) for _ in range(random.choice((1, 1, 2, 3)))]
+    if SPACES[space].truncates and random.random() < 0.15:
+        shapes = [("linear", *random.choice(WIDE), ())]
+    common = [random.choice((1, 2, 3, 5, 9)) for _ in shapes]
+    adapters = tuple(
+        _held(random, shapes, common, mixed=not SPACES[space].equal_ranks) for _ in range(count)
+    )
+    adapters = (*adapters[:-1], adapters[0]) if count > 1 and random.random() < 0.1 else adapters
+    options: dict[str, Any] = {
+        "method": method,
+        "space": space if space != METHODS[method].space else None,
+        "weights": tuple(random.choice((*WEIGHTS, random.gauss(0, 1))) for _ in range(count)),
+        "seed": random.choice((0, 7, 2**64 - 1)),
+        "dtype": random.choice(OUTPUTS),
+        "compute_dtype": random.choice(("float32", "float32", "float64")),
+        "max_shard_bytes": random.choice((None, None, None, 200)),
+    }
+    if rule.needs_density:
+        options["density"] = random.choice((*DENSITIES, random.random()))
+    if rule.elects:
+        options["majority_sign"] = random.choice(("total", "frequency"))
+    if SPACES[space].truncates:
+        options["rank"] = random.choice((None, None, 1, 2, 4, 60))
+        options["clamp"] = random.choice((None,) * 5 + (1.0, 0.99, 0.7))
+    return Case(
+        adapters=adapters,
+        options=options,
+        space=space,
+        rule=rule.name,
+        io=random.choice(("mmap", "pread")),
+        workers=random.choice((1, 2)),
+        spare=random.choice((0.0, 0.01, 0.5, 100.0)),
+        scratch=random.random() < 0.3,
+    )
+
+
+Shape = tuple[str, int, int, tuple[int, ...]]
+
+
+def _shape(random: Random) -> Shape:
+    kind = random.choice(("linear", "linear", "embedding", "convolution"))
+    m, n = random.choice(SIDES), random.choice(SIDES)
+    kernel = random.choice(((3,), (1, 1), (2, 3), (1, 2, 2)))
+    return kind, m, n, kernel if kind == "convolution" else ()
+
+
+def _layer(shape: Shape, rank: int) -> Layer:
+    kind, m, n, kernel = shape
+    if kind == "convolution":
+        return convolution(m, n, kernel, rank)
+    return embedding(m, n, rank) if kind == "embedding" else linear(m, n, rank)
+
+
+def _held(random: Random, shapes: list[Shape], common: list[int], *, mixed: bool) -> Held:
+    """An adapter that has all targets or some of them."""
+    taken = [i for i in range(len(shapes)) if random.random() < 0.85] or [0]
+    ranks = [random.choice((1, 2, 4, 7)) if mixed and random.random() < 0.5 else r for r in common]
+    layers = {f"block.{i}.up": _layer(shapes[i], ranks[i]) for i in taken}
+    dtype, way = random.choice(DTYPES), random.choice(("normal", "normal", "whole", "zero", "few"))
+    generator = np.random.default_rng(random.getrandbits(32))
+    tensors = {
+        PREFIX + target + suffix: encode(_values(generator, shape, way), dtype)
+        for target, layer in layers.items()
+        for suffix, shape in zip(layer.suffixes, (layer.a, layer.b), strict=True)
+    }
+    config = make_config(layers)
+    rank = config["r"]
+    alpha = random.choice((rank, rank * 2, rank / 2, rank * 2, 16, 1, -rank, 0, 3.3))
+    rslora = random.random() < 0.15
+    config |= {"lora_alpha": alpha, "use_rslora": rslora}
+    return Held(layers, tensors, config, dtype, whole=way in ("whole", "zero"))
+
+
+def _values(generator: np.random.Generator, shape: tuple[int, ...], way: str) -> np.ndarray:
+    if way == "whole":
+        return generator.integers(-2, 3, shape).astype(np.float64)
+    if way == "zero":
+        return np.zeros(shape) if shape[0] % 2 or generator.random() < 0.5 else np.ones(shape)
+    values = generator.standard_normal(shape)
+    return np.where(generator.random(shape) < 0.2, values, 0.0) if way == "few" else values
