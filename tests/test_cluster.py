@@ -461,6 +461,17 @@ def test_the_command_line(sources: list[str], three: LocalCluster, tmp_path: Pat
     assert "nowhere.json" in refused.output
 
 
+def test_relative_paths_are_the_callers(
+    sources: list[str], three: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers work in other directories."""
+    monkeypatch.chdir(Path(sources[0]).parent)
+    names = [Path(path).name for path in sources]
+    streammerge.merge(names, tmp_path / "serial", workers=1)
+    streammerge.merge(names, tmp_path / "out", scheduler=three.address)
+    assert files(tmp_path / "out") == files(tmp_path / "serial")
+
+
 def test_a_client_stays_open(sources: list[str], three: LocalCluster, tmp_path: Path) -> None:
     from distributed import Client
 
