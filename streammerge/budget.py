@@ -151,12 +151,24 @@ class Device:
 ON_CPU = Device()
 
 
+@dataclass(frozen=True, order=True)
+class Grant:
+    """A limit on the memory of a process."""
+
+    nbytes: int
+    origin: str
+    """Where it comes from, for people."""
+    holder: str
+    """Who has it: processes of one machine with the same holder have it together."""
+
+
 def allow(max_memory: str | int | None) -> tuple[int, str]:
     """Return how much the user allows, or the machine grants with headroom, and who said so."""
     if max_memory is not None:
         return parse_size(max_memory, option="max_memory"), "max_memory"
-    size, origin = min(granted_by_machine())
-    return int(size * HEADROOM), f"{HEADROOM:.0%} of {format_size(size)} ({origin})"
+    least = min(granted_by_machine())
+    size = format_size(least.nbytes)
+    return int(least.nbytes * HEADROOM), f"{HEADROOM:.0%} of {size} ({least.origin})"
 
 
 def round_process(measured_bytes: int) -> int:
@@ -176,21 +188,21 @@ def resident_bytes() -> int:
 
 def granted_by_machine(
     root: Path = Path("/"), environ: Mapping[str, str] | None = None
-) -> list[tuple[int, str]]:
-    """Return every limit on this process's memory, each with its origin.
+) -> list[Grant]:
+    """Return every limit on this process's memory.
 
     Args:
         root: where /proc and /sys are looked for.
         environ: the environment; that of the process when None.
     """
     environ = os.environ if environ is None else environ
-    limits = [(_physical_bytes(), "physical memory")]
+    limits = [Grant(_physical_bytes(), "physical memory", "machine")]
     limits += _cgroup_limits(root)
     for name in ("RLIMIT_AS", "RLIMIT_DATA"):
         soft, _ = resource.getrlimit(getattr(resource, name))
         if soft != resource.RLIM_INFINITY:
-            limits.append((soft, name))
-    limits += _slurm_limits(environ)
+            limits.append(Grant(soft, name, f"process {os.getpid()}"))
+    limits += granted_by_slurm(environ)
     return limits
 
 
@@ -198,7 +210,7 @@ def _physical_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _cgroup_limits(root: Path) -> Iterator[tuple[int, str]]:
+def _cgroup_limits(root: Path) -> Iterator[Grant]:
     """Yield the limits of this process's control groups and their parents, v1 and v2."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -217,7 +229,7 @@ def _cgroup_limits(root: Path) -> Iterator[tuple[int, str]]:
         for parent in (directory, *directory.parents):
             limit = _read_limit(parent / name)
             if limit is not None:
-                yield limit, f"memory cgroup {version}"
+                yield Grant(limit, f"memory cgroup {version}", f"group {parent}")
             if parent == base:
                 break
 
@@ -232,12 +244,13 @@ def _read_limit(path: Path) -> int | None:
     return int(text) if text.isdigit() and int(text) < 2**62 else None
 
 
-def _slurm_limits(environ: Mapping[str, str]) -> Iterator[tuple[int, str]]:
+def granted_by_slurm(environ: Mapping[str, str]) -> Iterator[Grant]:
     """Yield what SLURM granted; its variables are in MiB, and 0 means the whole node."""
+    job = f"job {environ.get('SLURM_JOB_ID', '')}"
     per_node = environ.get("SLURM_MEM_PER_NODE", "")
     if per_node.isdigit() and int(per_node):
-        yield int(per_node) * MIB, "SLURM_MEM_PER_NODE"
+        yield Grant(int(per_node) * MIB, "SLURM_MEM_PER_NODE", job)
     per_cpu = environ.get("SLURM_MEM_PER_CPU", "")
     cpus = environ.get("SLURM_CPUS_ON_NODE", "")
     if per_cpu.isdigit() and cpus.isdigit() and int(per_cpu):
-        yield int(per_cpu) * int(cpus) * MIB, "SLURM_MEM_PER_CPU"
+        yield Grant(int(per_cpu) * int(cpus) * MIB, "SLURM_MEM_PER_CPU", job)

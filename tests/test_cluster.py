@@ -23,10 +23,11 @@ from clusters import LocalCluster, cluster_of, kill, wait_until
 from making import CONFIG, WEIGHTS, convolution, embedding, linear, write_adapter
 from streammerge import errors, events
 from streammerge.adapter import NameTable, TensorFile
-from streammerge.budget import MIB
+from streammerge.budget import GIB, MIB, ON_CPU, Grant, granted_by_slurm
 from streammerge.catalog import METHODS
 from streammerge.cli import main
-from streammerge.executors.remote import Gate, look
+from streammerge.executors.remote import Gate, WorkerFacts, look
+from streammerge.executors.workers import common_budget
 from streammerge.planner.part import take_part
 from streammerge.readers import read_adapters
 
@@ -393,6 +394,41 @@ def spoil(path: Path) -> None:
 # Refused before any work
 
 
+def facts(number: int, *, host: str, **environ: str) -> WorkerFacts:
+    """A worker on a machine of 64 GiB, with a memory limit of 8 GiB."""
+    return WorkerFacts(
+        address=f"tcp://{number}",
+        host=host,
+        version="1",
+        threads=1,
+        limit_bytes=6 * GIB,
+        granted=(
+            Grant(64 * GIB, "physical memory", "machine"),
+            *granted_by_slurm(environ),
+        ),
+        process_bytes=200 * MIB,
+        fingerprint={},
+        device=ON_CPU,
+    )
+
+
+def test_jobs_on_one_machine_share_its_memory_but_not_each_others() -> None:
+    """Eight jobs on a machine, each granted 8 GiB: each has them for itself."""
+    jobs = [facts(i, host="n1", SLURM_MEM_PER_NODE="8192", SLURM_JOB_ID=str(i)) for i in range(8)]
+    assert common_budget(jobs, None).allowed_bytes == 6 * GIB
+    # What the machine has they share, here twenty of them.
+    more = [facts(i, host="n1", SLURM_MEM_PER_NODE="8192", SLURM_JOB_ID=str(i)) for i in range(20)]
+    assert common_budget(more, None).allowed_bytes == int(64 * GIB * 0.85) // 20
+
+
+def test_workers_of_one_job_share_what_it_was_granted() -> None:
+    """On each machine, for what SLURM says is for one machine."""
+    job = [
+        facts(i, host=f"n{i % 2}", SLURM_MEM_PER_NODE="8192", SLURM_JOB_ID="7") for i in range(8)
+    ]
+    assert common_budget(job, None).allowed_bytes == int(8 * GIB * 0.85) // 4
+
+
 def test_what_no_worker_can_hold_is_refused(tmp_path: Path) -> None:
     paths = heavy(tmp_path, targets=1, side=3000)
     with cluster_of(tmp_path / "cluster", 0) as cluster:
@@ -482,6 +518,17 @@ def test_the_command_line(sources: list[str], three: LocalCluster, tmp_path: Pat
     refused = CliRunner().invoke(main, [*arguments[:-1], "nowhere.json", "--overwrite"])
     assert refused.exit_code == 2
     assert "nowhere.json" in refused.output
+
+
+def test_relative_paths_are_the_callers(
+    sources: list[str], three: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers work in other directories."""
+    monkeypatch.chdir(Path(sources[0]).parent)
+    names = [Path(path).name for path in sources]
+    streammerge.merge(names, tmp_path / "serial", workers=1)
+    streammerge.merge(names, tmp_path / "out", scheduler=three.address)
+    assert files(tmp_path / "out") == files(tmp_path / "serial")
 
 
 def test_a_client_stays_open(sources: list[str], three: LocalCluster, tmp_path: Path) -> None:

@@ -201,7 +201,30 @@ def test_what_the_machine_grants(
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert min(granted_by_machine(tmp_path, environ)) == expected
+    least = min(granted_by_machine(tmp_path, environ))
+    assert (least.nbytes, least.origin) == expected
+
+
+def test_whose_a_grant_is(tmp_path: Path) -> None:
+    """Processes in groups of their own have what is granted to the group above together."""
+
+    def holders(group: str) -> dict[int, str]:
+        (tmp_path / "proc/self").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "proc/self/cgroup").write_text(f"0::{group}\n")
+        return {grant.nbytes: grant.holder for grant in granted_by_machine(tmp_path, {})}
+
+    limits = {
+        "job": "536870912",
+        "job/task_0": "1048576",
+        "job/task_1": "1048576",
+        "other": "536870912",
+    }
+    for group, limit in limits.items():
+        (tmp_path / "sys/fs/cgroup" / group).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sys/fs/cgroup" / group / "memory.max").write_text(limit)
+    first, second, other = holders("/job/task_0"), holders("/job/task_1"), holders("/other")
+    assert first[512 * MIB] == second[512 * MIB] != other[512 * MIB]
+    assert first[MIB] != second[MIB]
 
 
 def test_the_plan_says_where_its_budget_comes_from(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -128,7 +129,7 @@ class Cluster:
         Raises:
             ClusterError: one does not.
         """
-        files = [file for adapter in adapters for file in adapter.files]
+        files = [file for adapter in adapters for file in _anywhere(adapter).files]
         content = uuid.uuid4().bytes
         parts = self._make_directory(directory)
         probe = parts / "probe"
@@ -176,9 +177,10 @@ class Cluster:
             fingerprint=None if self._mixed else self._workers[0].fingerprint,
         )
         threads = sum(worker.threads for worker in self._workers)
+        adapters = [_anywhere(job.adapters[i]) for i in range(len(job.adapters))]
         for number, bundle in enumerate(bundles(tasks, threads)):
             path = directory / f"{number:05d}.tasks"
-            _write(path, pickle.dumps(take_part(job.plan, job.adapters, bundle)))
+            _write(path, pickle.dumps(take_part(job.plan, adapters, bundle)))
             key = f"{node_name(bundle, number)}-{self._run}"
             future = self._client.submit(run_bundle, str(path), terms, key=key)
             futures[future] = bundle
@@ -224,6 +226,12 @@ class Cluster:
         except OSError as error:
             raise StorageError(f"cannot be made ({error.strerror})", path=str(directory)) from error
         return directory
+
+
+def _anywhere(adapter: Adapter) -> Adapter:
+    """Return the manifest with paths that do not depend on the directory one works in."""
+    files = (replace(file, path=str(Path(file.path).absolute())) for file in adapter.files)
+    return replace(adapter, files=tuple(files))
 
 
 def _result(future: Any, bundle: Sequence[Task]) -> tuple[str, list[Receipt]]:

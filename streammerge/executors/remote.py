@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 from distributed import Worker, get_worker
 
 from streammerge.adapter import Adapter, TensorFile
-from streammerge.budget import Device, format_size, granted_by_machine
+from streammerge.budget import Device, Grant, format_size, granted_by_machine
 from streammerge.errors import RecipeError, WorkerError
 from streammerge.output.parts import make_part
 from streammerge.output.space import find_scratch
@@ -54,8 +54,8 @@ class WorkerFacts:
     threads: int
     limit_bytes: int | None
     """What it may take of the memory limit beyond which dask stops it; None where it has none."""
-    granted_bytes: int
-    """What its machine grants one process; shared by the workers there."""
+    granted: tuple[Grant, ...]
+    """What its machine, its control groups and its job grant."""
     process_bytes: int
     """What it holds before any task, with all libraries loaded and warm."""
     fingerprint: dict[str, str]
@@ -91,7 +91,7 @@ def describe(device: str, max_vram: int | None) -> WorkerFacts:
         version=metadata.version("streammerge"),
         threads=worker.state.nthreads,
         limit_bytes=_limit(worker),
-        granted_bytes=min(granted_by_machine())[0],
+        granted=tuple(granted_by_machine()),
         process_bytes=measure_process(),
         fingerprint=fingerprint(device),
         device=find_device(device, max_vram),

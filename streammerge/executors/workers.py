@@ -156,8 +156,16 @@ def common_budget(workers: Sequence[WorkerFacts], max_memory: int | None) -> Bud
 
 def _allowed(worker: WorkerFacts, workers: Sequence[WorkerFacts]) -> int:
     """Return what a worker's process may take."""
-    beside = Counter(other.host for other in workers)[worker.host]
-    granted = int(worker.granted_bytes * HEADROOM) // beside
+    # Jobs on one machine share its memory, but each has for itself what it was granted.
+    sharing = Counter(
+        (other.host, holder)
+        for other in workers
+        for holder in {grant.holder for grant in other.granted}
+    )
+    granted = min(
+        int(grant.nbytes * HEADROOM) // sharing[worker.host, grant.holder]
+        for grant in worker.granted
+    )
     return granted if worker.limit_bytes is None else min(granted, worker.limit_bytes)
 
 
