@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -29,10 +29,7 @@ class Ledger:
         Raises:
             StorageError: the file system refused.
         """
-        taken = list(kept)
-        self._journal.begin(identity, (receipt.to_dict() for _, receipt in taken))
-        for task, receipt in taken:
-            self._keep(task, receipt)
+        self._journal.begin(identity, self._take_over(kept))
 
     def record(self, task: Task, receipt: Receipt) -> None:
         """Take the receipt of a finished target.
@@ -42,6 +39,11 @@ class Ledger:
         """
         self._journal.append(receipt.to_dict())
         self._keep(task, receipt)
+
+    def _take_over(self, kept: Iterable[tuple[Task, Receipt]]) -> Iterator[dict[str, Any]]:
+        for task, receipt in kept:
+            self._keep(task, receipt)
+            yield receipt.to_dict()
 
     @property
     def unfinished(self) -> tuple[Task, ...]:

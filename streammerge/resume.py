@@ -97,7 +97,7 @@ def take_back(
         starts: where each of these files' data begin.
     """
     tasks = {task.target: task for task in plan.tasks}
-    for entry in unfinished.entries:
+    for entry in unfinished.entries():
         receipt = Receipt.from_dict(entry)
         task = tasks[receipt.target]
         if _reads_back(plan, task, receipt, directory, starts):

@@ -50,6 +50,7 @@ def end_after(count: int, how: BaseException | type[BaseException] = KeyboardInt
 
 def stop(sources: Sequence[Path], out: Path, count: int = 3, **options: Any) -> None:
     """Begin a merge and end it after so many targets."""
+    options = {"workers": 1} | options
     with pytest.raises(KeyboardInterrupt):
         streammerge.merge(sources, out, on_event=end_after(count), **options)
     assert staging_path(out).is_dir()
@@ -134,7 +135,7 @@ def test_an_earlier_output_stays_until_the_end(sources: list[Path], tmp_path: Pa
     streammerge.merge(sources, out, method="cat")
     before = written(out)
     with pytest.raises(KeyboardInterrupt):
-        streammerge.merge(sources, out, overwrite=True, on_event=end_after(2))
+        streammerge.merge(sources, out, overwrite=True, workers=1, on_event=end_after(2))
     assert written(out) == before
     with pytest.raises(errors.OutputExistsError):
         streammerge.merge(sources, out, resume=True)
@@ -279,6 +280,25 @@ def test_an_unfinished_merge_is_not_dropped_in_silence(
     streammerge.merge(sources, out, overwrite=True, on_event=heard.append)
     assert len([event for event in heard if isinstance(event, events.TaskDone)]) == len(TARGETS)
     assert written(out) == undisturbed()
+
+
+def test_an_interrupt_at_the_very_beginning_drops_nothing(
+    sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it is settled what is to become of what lies there."""
+    out = tmp_path / "out"
+    stop(sources, out)
+    before = kept(out)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("streammerge.output.staging.check_output", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            streammerge.merge(sources, out, resume=True)
+    assert kept(out) == before
+    assert go_on(sources, out)[0] == 3
 
 
 # ---------------------------------------------------------------------------------------------

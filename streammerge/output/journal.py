@@ -7,6 +7,7 @@ lines or bytes did not reach the disk are made again.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -26,10 +27,16 @@ _DIGEST = 32
 class Unfinished:
     """What an earlier run has left."""
 
+    path: Path
+    """Of its journal."""
     identity: dict[str, Any]
     """What it was, as it said when it began."""
-    entries: tuple[dict[str, Any], ...]
-    """Of its finished targets."""
+    done: int
+    """How many targets it has finished."""
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """Yield those of its finished targets; there may be too many to hold."""
+        return itertools.islice(_sound_lines(self.path), 1, None)
 
 
 class Journal:
@@ -44,13 +51,12 @@ class Journal:
     def read(self) -> Unfinished | None:
         """Return what an earlier run has left; None where there is nothing to go on from."""
         try:
-            lines = list(_sound_lines(self.path))
+            lines = _sound_lines(self.path)
+            identity = next(lines, None)
+            self.entries = sum(1 for _ in lines)
         except OSError:
             return None
-        if len(lines) < 2:
-            return None
-        self.entries = len(lines) - 1
-        return Unfinished(lines[0], tuple(lines[1:]))
+        return Unfinished(self.path, identity, self.entries) if identity and self.entries else None
 
     def begin(self, identity: dict[str, Any], entries: Iterable[dict[str, Any]]) -> None:
         """Write a new journal in the place of the earlier one, with what is taken over of it.
@@ -58,15 +64,19 @@ class Journal:
         Raises:
             StorageError: the file system refused.
         """
-        lines = [_line(value) for value in (identity, *entries)]
         fresh = self.path.with_name(self.path.name + "-new")
+        taken = 0
         try:
-            fresh.write_bytes(b"".join(lines))
+            with fresh.open("wb") as stream:
+                stream.write(_line(identity))
+                for entry in entries:
+                    stream.write(_line(entry))
+                    taken += 1
             fresh.replace(self.path)
             self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         except OSError as error:
             raise StorageError(f"cannot be written ({error.strerror})", path=str(fresh)) from error
-        self.entries = len(lines) - 1
+        self.entries = taken
 
     def append(self, entry: dict[str, Any]) -> None:
         """Write the line of a finished target.
@@ -94,6 +104,7 @@ class Journal:
     def remove(self) -> None:
         """Close and remove the file."""
         self.close()
+        self.path.with_name(self.path.name + "-new").unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
 
 

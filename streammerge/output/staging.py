@@ -109,6 +109,8 @@ class Staging:
         self._resume = resume
         self._aside = self.output.with_name(f".{self.output.name}.streammerge-old")
         self._lock = -1
+        self._is_ours = False
+        """Whether it is settled that what lies there is gone on with, or dropped."""
 
     def __enter__(self) -> Self:
         try:
@@ -117,6 +119,7 @@ class Staging:
             self._restore()
             check_output(self.output, overwrite=self._overwrite)
             self._look_for_unfinished()
+            self._is_ours = True
             if self.unfinished is None:
                 self._discard()
                 self.path.mkdir()
@@ -138,9 +141,9 @@ class Staging:
     ) -> None:
         if self._lock < 0:
             return
-        if error is not None and self._worth_keeping(error):
+        if not self._is_ours or (error is not None and self._worth_keeping(error)):
             self.journal.close()
-            if isinstance(error, StreammergeError):
+            if self.journal.entries and isinstance(error, StreammergeError):
                 error.add_note(
                     f"{self.journal.entries} targets are done and kept; --resume goes on"
                 )
@@ -178,9 +181,9 @@ class Staging:
         if self._resume:
             self.unfinished = found
         elif not self._overwrite:
-            raise UnfinishedError(path=str(self.output), done=len(found.entries))
+            raise UnfinishedError(path=str(self.output), done=found.done)
         else:
-            self.journal.entries = 0
+            self.journal.entries = 0  # they are dropped
 
     def _worth_keeping(self, error: BaseException) -> bool:
         """Whether a later run can go on from what is there."""
