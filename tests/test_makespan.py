@@ -186,8 +186,14 @@ def test_factors_that_are_not_held_are_read_in_every_pass() -> None:
 
 def test_loads_add_up() -> None:
     plan = plan_of("ties_svd")
-    priced = Terms(bundle_seconds=1, submit_seconds=2, seal_seconds=3, seal_byte_seconds=0.5)
+    priced = Terms(
+        bundle_seconds=1,
+        submit_seconds=2,
+        submit_bundle_seconds=7,
+        seal_seconds=3,
+        seal_byte_seconds=0.5,
+    )
     found = load(plan.tasks[:3], RATES, priced, 1)
     written = sum(task.write_bytes for task in plan.tasks[:3])
-    assert (found.scheduler, found.submit, found.written) == (1, 6, written)
+    assert (found.scheduler, found.submit, found.written) == (1, 13, written)
     assert math.isclose(found.seal, 9 + written / 2)

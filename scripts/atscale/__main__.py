@@ -28,7 +28,8 @@ def main() -> None:
     if options.what == "project":
         print(report(folder, _assumed(options)))
     elif options.what == "overhead":
-        print(overhead.measure(folder, options.targets, profile=options.profile))
+        run = overhead.profile if options.profile else overhead.measure
+        print(run(folder, options.targets))
     else:
         print(speedup.measure(folder, options.repeats))
 
@@ -44,7 +45,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--link", default="1GB", help="of a worker, a second [1GB]")
     parser.add_argument("--latency", type=float, default=1e-3, help="to another worker [0.001]")
     parser.add_argument("--targets", type=int, default=45_000, help="tiny ones [45000]")
-    parser.add_argument("--profile", action="store_true", help="with the client's functions")
+    parser.add_argument(
+        "--profile", action="store_true", help="where the client's time goes, instead"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="of the speed-up [3]")
     parser.add_argument("--folder", type=Path, default=Path("/var/tmp/streammerge-scaling"))
     return parser.parse_args()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from atscale.cases import Case
 from atscale.makespan import Rates, Terms
 from atscale.runs import Call, Stages, fresh, make_adapters, say, timed
 from clusters import cluster_of
+from streammerge.adapter import Adapter
 from streammerge.executors.bundles import bundles
 from streammerge.output.parts import make_part, seal
 from streammerge.output.writer import region_checksum
 from streammerge.planner.part import take_part
-from streammerge.plans import Plan, Region
+from streammerge.plans import Plan, Region, Task
 
 NODES = 3000
 """Tasks that do nothing, for the scheduler's costs."""
@@ -73,7 +75,7 @@ def measure_client(folder: Path) -> Terms:
     adapters = make_adapters(folder / "tiny", TINY, 2, 4)
     call = Call(adapters, str(folder / "output"), {"method": "linear", "workers": 1})
     finish = timed(call).finishing / len(TINY)
-    few, small = _seal(folder, 2**17)
+    few, small = _seal(folder, 2**10)
     more, large = _seal(folder, 2**22)
     per_byte = (more - few) / (large - small)
     read_back = _read_back(folder)
@@ -87,15 +89,30 @@ def measure_client(folder: Path) -> Terms:
 
 
 def with_submission(terms: Terms, plan: Plan, case: Case, folder: Path) -> Terms:
-    """Return the terms with what it takes to write down one target of this plan for a worker."""
+    """Return the terms with what it takes to write this plan down for workers.
+
+    A bundle costs something for each adapter, however few its targets; that, and what a target
+    costs, follow from large bundles and small ones.
+    """
     manifests = case.manifests()
-    chosen = bundles(plan.tasks, 1000)[:SAMPLED]
+    (many, slow), (few, fast) = (
+        _write_down(plan, manifests, bundles(plan.tasks, threads)[:SAMPLED], folder)
+        for threads in (1, 1000)
+    )
+    each = max(0.0, (slow - fast) / (many - few))
+    return replace(terms, submit_seconds=each, submit_bundle_seconds=max(0.0, fast - few * each))
+
+
+def _write_down(
+    plan: Plan, manifests: Sequence[Adapter], chosen: Sequence[Sequence[Task]], folder: Path
+) -> tuple[float, float]:
+    """Return how many targets a bundle has, and the seconds that one takes; both on average."""
     began = time.perf_counter()
     for number, bundle in enumerate(chosen):
         data = pickle.dumps(take_part(plan, manifests, bundle))
         (folder / f"{number}.tasks").write_bytes(data)
     seconds = time.perf_counter() - began
-    return replace(terms, submit_seconds=seconds / sum(map(len, chosen)))
+    return sum(map(len, chosen)) / len(chosen), seconds / len(chosen)
 
 
 def _node_seconds(folder: Path) -> float:

@@ -53,6 +53,8 @@ class Terms:
     """Of the scheduler, for each bundle."""
     submit_seconds: float = 0.0
     """Of the client, for each target, before the work."""
+    submit_bundle_seconds: float = 0.0
+    """Of the client, for each bundle, before the work."""
     seal_seconds: float = 0.0
     """Of the client, for each target that it copies into the output."""
     seal_byte_seconds: float = 0.0
@@ -144,7 +146,7 @@ def load(bundle: Sequence[Task], rates: Rates, terms: Terms, team: int) -> Load:
         read=sum(read_bytes(task) for task in bundle),
         written=written,
         scheduler=(1 + nodes) * terms.bundle_seconds,
-        submit=len(bundle) * terms.submit_seconds,
+        submit=terms.submit_bundle_seconds + len(bundle) * terms.submit_seconds,
         seal=len(bundle) * terms.seal_seconds + written * terms.seal_byte_seconds,
     )
 

@@ -22,15 +22,12 @@ HEADS = (
 )
 
 
-def measure(folder: Path, targets: int, *, profile: bool) -> str:
+def measure(folder: Path, targets: int) -> str:
     """Measure all ways, and return what was found."""
-    layers = {f"layers.{i // 4}.{'qkvo'[i % 4]}_proj": (64, 64) for i in range(targets)}
-    adapters = make_adapters(folder / f"tiny-{targets}", layers, 2, 4)
+    adapters = _adapters(folder, targets)
     found = {
-        (executor, workers, bundles): _measure_way(
-            folder, adapters, (executor, workers, bundles), profile=profile
-        )
-        for executor, workers, bundles in (
+        way: _measure_way(folder, adapters, way)
+        for way in (
             ("serial", 1, BUNDLES_PER_THREAD),
             ("threads", 2, BUNDLES_PER_THREAD),
             ("cluster", 1, BUNDLES_PER_THREAD),
@@ -40,14 +37,30 @@ def measure(folder: Path, targets: int, *, profile: bool) -> str:
     }
     rows = [_row(way, stages) for way, stages in found.items()]
     parts = [table(HEADS, rows), _of_a_bundle(found), _shares(folder, found)]
-    parts += [f"{way}:\n{s.profile}" for way, s in found.items() if s.profile]
+    return "\n\n".join(parts)
+
+
+def profile(folder: Path, targets: int) -> str:
+    """Return in which functions the client's time goes while one worker works."""
+    adapters = _adapters(folder, targets)
+    parts = []
+    for bundles in (BUNDLES_PER_THREAD, FINE):
+        stages = _measure_way(folder, adapters, ("cluster", 1, bundles), profiled=True)
+        parts.append(f"{bundles} bundles: {stages.profile}")
     return "\n\n".join(parts)
 
 
 Way = tuple[str, int, int]
 
 
-def _measure_way(folder: Path, adapters: tuple[str, ...], way: Way, *, profile: bool) -> Stages:
+def _adapters(folder: Path, targets: int) -> tuple[str, ...]:
+    layers = {f"layers.{i // 4}.{'qkvo'[i % 4]}_proj": (64, 64) for i in range(targets)}
+    return make_adapters(folder / f"tiny-{targets}", layers, 2, 4)
+
+
+def _measure_way(
+    folder: Path, adapters: tuple[str, ...], way: Way, *, profiled: bool = False
+) -> Stages:
     executor, workers, bundles = way
     options: dict[str, Any] = {"method": "linear"}
     with _scheduler(folder, workers if executor == "cluster" else 0) as address:
@@ -55,7 +68,7 @@ def _measure_way(folder: Path, adapters: tuple[str, ...], way: Way, *, profile: 
             options["scheduler"] = address
         else:
             options["workers"] = workers
-        call = Call(adapters, str(folder / "output"), options, bundles, profile)
+        call = Call(adapters, str(folder / "output"), options, bundles, profiled)
         stages = timed(call)
     say(str(way), stages)
     return stages

@@ -10,8 +10,8 @@ from typing import Any
 
 from atscale.calibration import measure_case, measure_client, with_submission
 from atscale.cases import Case, all_cases
-from atscale.makespan import Projection, Terms, best, project
-from atscale.runs import table
+from atscale.makespan import Projection, Rates, Terms, best, project
+from atscale.runs import Stages, table
 from streammerge.budget import GIB
 from streammerge.plans import Plan
 
@@ -36,18 +36,38 @@ class Assumed:
     """Seconds."""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What was measured for a case, and its plan."""
+
+    case: Case
+    plan: Plan
+    rates: Rates
+    terms: Terms
+    stages: Stages
+    small: Plan
+    """Of the miniature."""
+
+
 def report(folder: Path, assumed: Assumed) -> str:
     """Measure the rates, project all cases and return what was found."""
-    measured = measure_client(folder)
     terms = replace(
-        measured,
+        measure_client(folder),
         file_system=assumed.file_system,
         link=assumed.link,
         latency=assumed.latency,
     )
-    return "\n\n".join(
-        [_terms(terms), *(_case(case, folder, terms, assumed) for case in all_cases())]
-    )
+    measured = [_measure(case, folder, terms, assumed) for case in all_cases()]
+    print("all is measured; projecting", file=sys.stderr, flush=True)
+    return "\n\n".join([_terms(terms), *map(_case, measured)])
+
+
+def _measure(case: Case, folder: Path, terms: Terms, assumed: Assumed) -> Measured:
+    rates, stages, small = measure_case(case, folder)
+    plan = case.plan(assumed.memory)
+    check_like(plan, small)
+    terms = with_submission(terms, plan, case, folder)
+    return Measured(case, plan, rates, terms, stages, small)
 
 
 def _terms(terms: Terms) -> str:
@@ -61,12 +81,9 @@ def _terms(terms: Terms) -> str:
     )
 
 
-def _case(case: Case, folder: Path, terms: Terms, assumed: Assumed) -> str:
-    rates, stages, small = measure_case(case, folder)
-    plan = case.plan(assumed.memory)
-    check_like(plan, small)
-    terms = with_submission(terms, plan, case, folder)
-    print(f"projecting {case.name} {case.method}", file=sys.stderr, flush=True)
+def _case(measured: Measured) -> str:
+    case, plan, rates, terms = measured.case, measured.plan, measured.rates, measured.terms
+    stages, small = measured.stages, measured.small
     whole = [project(plan, rates, terms, workers) for workers in WORKERS]
     split = [best(plan, rates, terms, workers) for workers in WORKERS]
     route = small.tasks[0].route
@@ -78,7 +95,8 @@ def _case(case: Case, folder: Path, terms: Terms, assumed: Assumed) -> str:
         f"{rates.flops[route] / 1e9:.2f} billion of them a second on one core "
         f"({stages.targets} targets of {small.tasks[0].m}×{small.tasks[0].n}, "
         f"{small.tasks[0].last} adapters, {stages.tasks:.1f} s); "
-        f"{1e6 * terms.submit_seconds:.0f} µs of the client to write down a target."
+        f"to write them down takes the client {1e3 * terms.submit_bundle_seconds:.2f} ms a bundle "
+        f"and {1e6 * terms.submit_seconds:.0f} µs a target."
     )
     parts = [f"## {case.name}, {case.method}", facts, _table(whole)]
     if any(projection.team > 1 for projection in split):
