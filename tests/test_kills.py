@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from killing.rounds import Round, make_inputs, play
 
 
-@pytest.mark.parametrize("number", [6, 20, 40])
+@pytest.mark.parametrize("number", [20, 40])
 def test_killed_at_random_moments(number: int, tmp_path: Path) -> None:
-    """ties_svd, dare_ties_svd and dare_ties; serial and dask; over nothing and over something."""
+    """On two threads; into a new output and over an earlier one."""
     found = play(Round.of(number, make_inputs(tmp_path), tmp_path / "round"), random.Random(number))
     assert found["kills"] >= 1
