@@ -21,6 +21,8 @@ SAME = (WEIGHTS, CONFIG, MARK_NAME)
 TARGETS = {f"model.layers.{i:02d}.up": linear(700, 900, 8) for i in range(24)}
 EARLY = 0.15
 """Share of the kills that come before the work has begun."""
+SOON, LATE = 0.4, 0.25
+"""In which part of the work the others come, but for this share."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,9 @@ def _kill(
         seconds: how long the work takes.
     """
     early = draw.random() < EARLY
-    moment = draw.uniform(0, 1.0 if early else seconds)
+    # Mostly soon, for more kills in a round; now and then late, or it would never come to its end.
+    most = seconds if draw.random() < LATE else SOON * seconds
+    moment = draw.uniform(0, 1.0 if early else most)
     if not early:
         _wait_for(journal, before, process)
     try:
