@@ -6,15 +6,16 @@ import random
 import sys
 from pathlib import Path
 
-import pytest
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 from killing.rounds import Round, make_inputs, play
 
 
-@pytest.mark.parametrize("number", [20, 40])
-def test_killed_at_random_moments(number: int, tmp_path: Path) -> None:
-    """On two threads; into a new output and over an earlier one."""
-    found = play(Round.of(number, make_inputs(tmp_path), tmp_path / "round"), random.Random(number))
-    assert found["kills"] >= 1
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """Where a moment comes too late there is no kill; rounds are played until there were some."""
+    inputs, draw, kills = make_inputs(tmp_path), random.Random(0), 0
+    for number in (40, 20, 4, 7, 10, 15):
+        kills += play(Round.of(number, inputs, tmp_path / f"{number}"), draw)["kills"]
+        if kills >= 4:
+            return
+    raise AssertionError(f"{kills} kills in all rounds")
