@@ -17,6 +17,7 @@ import streammerge
 from making import PREFIX, Tensor, frame, linear, render, write_adapter, write_files
 from streammerge import errors
 from streammerge.adapter import Factor, TensorFile
+from streammerge.plans import Task
 from streammerge.readers.header import read_header
 from streammerge.readers.windows import (
     PAGE_BYTES,
@@ -29,6 +30,7 @@ from streammerge.readers.windows import (
 )
 from streammerge.worker.factors import FactorReader
 from streammerge.worker.job import Job, TaskStoppedError
+from streammerge.worker.receipt import Receipt
 
 SMALL = {"up": linear(12, 8, 2)}
 
@@ -171,6 +173,11 @@ def test_a_task_ends_when_the_run_is_over(tmp_path: Path) -> None:
         job.window(factor.file, factor.offset, 8)
 
 
+def noting(found: dict[str, tuple[str, str]]) -> Callable[[Task, Receipt], None]:
+    """A listener that notes the checksums of each target."""
+    return lambda task, receipt: found.update({task.target: receipt.checksums})
+
+
 def test_one_worker_on_dask(tmp_path: Path) -> None:
     """The threaded executor with one thread, which the public call never chooses."""
     from streammerge.adapter import NameTable
@@ -192,7 +199,7 @@ def test_one_worker_on_dask(tmp_path: Path) -> None:
         job = Job(plan, read_adapters(paths, NameTable()), tmp_path / name, starts)
         before = torch.get_num_threads()
         found: dict[str, tuple[str, str]] = {}
-        run(job, plan.tasks, lambda task, receipt: found.update({task.target: receipt.checksums}))  # noqa: B023
+        run(job, plan.tasks, noting(found))
         checksums.append(found)
         assert torch.get_num_threads() == before
     assert checksums[0] == checksums[1]

@@ -117,7 +117,7 @@ def _write_down(
 
 def _node_seconds(folder: Path) -> float:
     """Return what a task that does nothing costs on a scheduler with one worker."""
-    from distributed import Client, as_completed  # noqa: PLC0415  # seconds
+    from distributed import Client, as_completed  # noqa: PLC0415  (takes seconds to load)
 
     with (
         fresh(folder / "cluster") as place,

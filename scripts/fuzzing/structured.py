@@ -57,7 +57,7 @@ def lay(dtype: str, shape: list[int], start: int) -> tuple[dict[str, Any], int]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}, stop
 
 
-def spoil_entry(random: Random, entries: Fields, end: int) -> int:  # noqa: PLR0912  # a fault each
+def spoil_entry(random: Random, entries: Fields, end: int) -> int:  # noqa: PLR0912  (one case a fault)
     """Make one thing wrong in one entry; returns the bytes of the data."""
     name, entry = entries[random.randrange(len(entries))]
     if not isinstance(entry, dict) or not isinstance(entry.get("data_offsets"), list):
