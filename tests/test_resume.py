@@ -143,6 +143,32 @@ def test_an_earlier_output_stays_until_the_end(sources: list[Path], tmp_path: Pa
     assert written(out) != before
 
 
+@pytest.mark.parametrize("between", [True, False])
+def test_killed_where_names_cannot_be_exchanged(
+    between: bool, sources: list[Path], tmp_path: Path
+) -> None:
+    """The earlier output lies aside: between the two renames, or behind both."""
+    out, aside = tmp_path / "out", tmp_path / ".out.streammerge-old"
+    streammerge.merge(sources, out, method="cat")
+    before = written(out)
+    with pytest.raises(KeyboardInterrupt):
+        streammerge.merge(sources, out, overwrite=True, on_event=end_after(2), workers=1)
+    if between:
+        out.rename(aside)
+    else:
+        aside.mkdir()
+        (aside / WEIGHTS).write_text("old")
+    seen = []
+
+    def look(_: events.Event) -> None:
+        seen.append(written(out) == before and not aside.exists())
+
+    streammerge.merge(sources, out, overwrite=True, resume=True, on_event=look)
+    assert seen[0]
+    assert not list(tmp_path.glob(".out*"))
+    assert written(out) != before
+
+
 # ---------------------------------------------------------------------------------------------
 # What is on the disk is not trusted
 

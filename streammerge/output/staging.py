@@ -199,9 +199,11 @@ class Staging:
             shutil.rmtree(left, ignore_errors=True)
 
     def _restore(self) -> None:
-        """Give an earlier output its name back, if a run was killed between two renames."""
+        """Give an earlier output its name back, if a run was killed between two renames, or remove
+        it, if that was after them."""
         if self._aside.exists() and not self.output.exists():
             self._aside.rename(self.output)
+        shutil.rmtree(self._aside, ignore_errors=True)
 
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
