@@ -188,7 +188,8 @@ def merge(
         max_memory: for the whole process, in bytes or like "2GiB"; what the machine grants, with
             headroom, when None. On a cluster it is for each worker's process.
         workers: tasks at once on this machine; the number of cores when None.
-        device: where tiles are made and decomposed: "cpu", "cuda", "cuda:1", "xpu", …
+        device: where tiles are made and decomposed: "cpu", "cuda", "cuda:1", "xpu", …; "auto" for
+            the accelerator, where there is one and it is projected to be faster.
         max_vram: of the device's memory, in bytes or like "8GiB"; what is free when None.
         io: "mmap", or "pread" for network file systems.
         scratch: directory on a disk for tiles that do not fit into memory, or "none" to make them

@@ -136,6 +136,8 @@ class Budget:
 
 
 CPU = "cpu"
+AUTO = "auto"
+"""The accelerator of the machine, if it has one and the plan is faster on it."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from streammerge.adapter import Adapter, NameTable
 from streammerge.errors import MergeFailedError, VerificationError
 from streammerge.ledger import Ledger
 from streammerge.output.record import write_config, write_record
-from streammerge.output.writer import region_checksum, sync_file
+from streammerge.output.writer import RegionReader, sync_file
 from streammerge.planner.scaling import scalings
 from streammerge.plans import Plan, Task
 from streammerge.readers import read_adapter
@@ -103,11 +103,13 @@ def _read_back(
     regions = [region for task in planned.tasks for region in (task.a, task.b)]
     checksums = [checksum for receipt in receipts for checksum in receipt.checksums]
     problems = []
-    for region, checksum in zip(regions, checksums, strict=True):
-        check()
-        name = planned.files[region.file].name
-        if region_checksum(directory / name, starts[region.file], region) != checksum:
-            problems.append(f"{name}: {region.name} does not read back as it was written")
+    names = [file.name for file in planned.files]
+    with RegionReader(directory, names, starts) as reader:
+        for region, checksum in zip(regions, checksums, strict=True):
+            check()
+            if reader.checksum(region) != checksum:
+                name = names[region.file]
+                problems.append(f"{name}: {region.name} does not read back as it was written")
     if problems:
         raise VerificationError(path=str(directory), problems=tuple(problems))
     return {region.name: checksum for region, checksum in zip(regions, checksums, strict=True)}

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from streammerge.budget import CPU
 from streammerge.tiling import row_tiles
 
 Route = Literal["concatenate", "fold", "core", "gram", "sum", "dense", "krylov"]
@@ -30,6 +31,16 @@ ARITHMETIC_RATE = 1e10
 
 DISK_RATE = 5e8
 """Bytes a second."""
+
+DEVICE_RATE = 5e11
+"""Operations a second on a device: low, for most operations are on tiles that keep it waiting for
+the next. An assumption: no device was at hand."""
+
+LINK_RATE = 5e9
+"""Bytes a second to a device and back. An assumption."""
+
+DEVICE_START = 5.0
+"""Seconds until a device has begun: its libraries are loaded and warm. An assumption."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +89,9 @@ class Task:
     alone: bool
     """Whether no other task is in flight with it."""
     lanes: int
-    """Threads that work on it at once."""
+    """Threads that work on it at once, of each worker that does."""
+    team: int
+    """Workers of a cluster that share it."""
     read_bytes: int
     write_bytes: int
     projected_bytes: int
@@ -138,8 +151,10 @@ class Plan:
     reserved_bytes: int
     concurrency: int
     """Threads: as many tasks are in flight at once, or lanes of one."""
-    device: str = "cpu"
+    device: str = CPU
     """Where tasks compute, as torch spells it."""
+    device_origin: str = "as asked"
+    """Why there, for people."""
     device_allowed_bytes: int = 0
     io: str = "mmap"
     """How inputs are read: "mmap" or "pread"."""
@@ -164,9 +179,12 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """How long it takes on ordinary cores and disks: within a factor of some three."""
-        arithmetic = sum(task.flops for task in self.tasks) / ARITHMETIC_RATE / self.concurrency
-        return arithmetic + (self.read_bytes + self.write_bytes) / DISK_RATE
+        """How long it takes on ordinary cores, disks and devices: within a factor of some three."""
+        moved = self.read_bytes + self.write_bytes
+        flops = sum(task.flops for task in self.tasks)
+        if self.device == CPU:
+            return flops / ARITHMETIC_RATE / self.concurrency + moved / DISK_RATE
+        return DEVICE_START + flops / DEVICE_RATE + moved / LINK_RATE + moved / DISK_RATE
 
     @property
     def item_bytes(self) -> int:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streammerge.adapter import Adapter, NameTable
-from streammerge.budget import Budget, Device, allow, parse_size
-from streammerge.errors import ClusterError, RecipeError
+from streammerge.budget import AUTO, ON_CPU, Budget, Device, allow, parse_size
+from streammerge.errors import BudgetError, ClusterError, RecipeError
 from streammerge.output.space import allocated_bytes, check_space, find_scratch
 from streammerge.output.staging import staging_path
 from streammerge.planner import make_plan, resolve_method
@@ -83,7 +84,14 @@ def prepare(
         budget, found = _own_budget(memory, threads, device, vram)
     else:
         budget, found = cluster.survey(memory, device, vram, mixed_hardware=mixed_hardware)
-    planned = make_plan(manifests, recipe, budget, device=found, io=io, scratch=place)
+    size = 1 if cluster is None else cluster.size
+
+    def plan_on(where: Device) -> Plan:
+        return make_plan(
+            manifests, recipe, budget, device=where, workers=size, io=io, scratch=place
+        )
+
+    planned = _choose(plan_on, found) if device == AUTO else plan_on(found)
     if output is not None:
         # On a cluster parts lie beside the output until they are sealed into it.
         copies = 1 if cluster is None else 2
@@ -91,9 +99,29 @@ def prepare(
         needed = copies * planned.write_bytes - allocated_bytes(staging_path(Path(output)))
         check_space(os.fspath(Path(output).resolve().parent), needed)
     if place is not None:
-        spilling = 1 if cluster is None else cluster.size
-        check_space(place, spilling * planned.scratch_bytes)
+        check_space(place, size * planned.scratch_bytes)
     return planned, manifests
+
+
+def _choose(plan_on: Callable[[Device], Plan], accelerator: Device) -> Plan:
+    """Return the plan on an accelerator or on the CPU, whichever is projected to be faster.
+
+    Raises:
+        BudgetError: it fits on neither.
+    """
+    if accelerator == ON_CPU:
+        return replace(plan_on(ON_CPU), device_origin="there is no accelerator")
+    try:
+        there = plan_on(accelerator)
+    except BudgetError as error:
+        return replace(plan_on(ON_CPU), device_origin=str(error))
+    try:
+        here = plan_on(ON_CPU)
+    except BudgetError as error:
+        return replace(there, device_origin=str(error))
+    chosen = there if there.seconds < here.seconds else here
+    origin = f"{there.seconds:.3g} s projected on {there.device}, {here.seconds:.3g} s on the CPU"
+    return replace(chosen, device_origin=origin)
 
 
 def _threads(workers: int | None, cluster: Cluster | None) -> int:

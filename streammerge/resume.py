@@ -12,7 +12,7 @@ import xxhash
 from streammerge.adapter import Adapter
 from streammerge.errors import ResumeError, StorageError
 from streammerge.output.journal import Unfinished
-from streammerge.output.writer import region_checksum
+from streammerge.output.writer import RegionReader
 from streammerge.plans import Plan, Task
 from streammerge.worker import Receipt
 
@@ -97,21 +97,15 @@ def take_back(
         starts: where each of these files' data begin.
     """
     tasks = {task.target: task for task in plan.tasks}
-    for entry in unfinished.entries():
-        receipt = Receipt.from_dict(entry)
-        task = tasks[receipt.target]
-        if _reads_back(plan, task, receipt, directory, starts):
-            yield tasks.pop(receipt.target), receipt
+    with RegionReader(directory, [file.name for file in plan.files], starts) as reader:
+        for entry in unfinished.entries():
+            receipt = Receipt.from_dict(entry)
+            if _reads_back(reader, tasks[receipt.target], receipt):
+                yield tasks.pop(receipt.target), receipt
 
 
-def _reads_back(
-    plan: Plan, task: Task, receipt: Receipt, directory: Path, starts: Sequence[int]
-) -> bool:
-    for region, checksum in zip((task.a, task.b), receipt.checksums, strict=True):
-        path = directory / plan.files[region.file].name
-        try:
-            if region_checksum(path, starts[region.file], region) != checksum:
-                return False
-        except StorageError:
-            return False
-    return True
+def _reads_back(reader: RegionReader, task: Task, receipt: Receipt) -> bool:
+    try:
+        return (reader.checksum(task.a), reader.checksum(task.b)) == receipt.checksums
+    except StorageError:
+        return False

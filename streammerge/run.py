@@ -55,7 +55,7 @@ def run_plan(
         StoppedError: the time is over; the journal says what is done.
         MergeFailedError: a subclass of it says what failed.
     """
-    found = fingerprint(plan.device) if cluster is None else cluster.fingerprint
+    found = fingerprint(plan.device) if cluster is None else cluster.fingerprint(plan.device)
     now = identity(plan, adapters, found)
     unfinished, directory = staging.unfinished, staging.path
     if unfinished is not None:

@@ -407,7 +407,7 @@ def facts(number: int, *, host: str, **environ: str) -> WorkerFacts:
             *granted_by_slurm(environ),
         ),
         process_bytes=200 * MIB,
-        fingerprint={},
+        fingerprints={},
         device=ON_CPU,
     )
 

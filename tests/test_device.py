@@ -15,18 +15,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import streammerge
-from making import Layer, linear, write_adapter
-from streammerge import errors
+from making import WEIGHTS, Layer, linear, write_adapter
+from streammerge import errors, worker
 from streammerge.adapter import NameTable
 from streammerge.api import plan
 from streammerge.budget import Budget, Device
+from streammerge.executors.serial import run_serial
 from streammerge.output.writer import allocate
 from streammerge.planner import make_plan
+from streammerge.planner.memory import PINNED_BYTES, PINNED_SLOTS
 from streammerge.plans import Plan
 from streammerge.readers import read_adapters
 from streammerge.recipe import Recipe
-from streammerge.worker import Job, run_task
+from streammerge.worker import Job, factors, run_task, transfer
 from streammerge.worker import run as worker_run
+from streammerge.worker.transfer import Transfer
 
 MIB = 1024**2
 LAYERS = {"wide": linear(1536, 3072, 16), "tall": linear(3072, 640, 16)}
@@ -154,11 +157,11 @@ def test_out_of_device_memory_ends_on_the_cpu(
     tried: list[tuple[str, int]] = []
     run_on: Callable[..., Any] = worker_run._run_on
 
-    def full_device(device: torch.device, job: Job, attempt: Any, each: Any) -> Any:
+    def full_device(device: torch.device, job: Job, attempt: Any, each: Any, team: Any) -> Any:
         tried.append((device.type, attempt.resident))
         if device.type != "cpu":
             raise torch.OutOfMemoryError("injected")
-        return run_on(device, job, attempt, each)
+        return run_on(device, job, attempt, each, team)
 
     monkeypatch.setattr(worker_run, "_run_on", full_device)
     job.device = torch.device("cuda")
@@ -166,6 +169,65 @@ def test_out_of_device_memory_ends_on_the_cpu(
     assert tried == [("cuda", task.resident), ("cuda", 0), ("cpu", 0)]
     assert receipt.device == "cpu"
     assert receipt.checksums == expected
+
+
+@pytest.fixture
+def device_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's own memory is reached as a device's is."""
+    monkeypatch.setattr(factors, "CPU", "nowhere")
+    monkeypatch.setattr(transfer, "PINNED_BYTES", 10_000)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_way_to_a_device(method: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """In pieces, as stored, converted there: the same bytes, and within the projection."""
+    job = make_job(tmp_path, method)
+    expected = [run_task(job, task) for task in job.plan.tasks]
+    request.getfixturevalue("device_like")
+    for task, receipt in zip(job.plan.tasks, expected, strict=True):
+        with LiveBytes() as live:
+            found = run_task(job, task)
+        assert replace(found, seconds=0.0) == replace(receipt, seconds=0.0)
+        assert live.peak <= task.projected_bytes + PINNED_SLOTS * 10_000
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [b"\xc0\x7f", b"\x80\x7f"])
+@pytest.mark.usefixtures("device_like")
+def test_what_is_not_finite_is_found_on_a_device(method: str, value: bytes, tmp_path: Path) -> None:
+    """At the end, whatever it has done by then."""
+    job = make_job(tmp_path, method)
+    weights = tmp_path / "in2" / WEIGHTS
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-2] + value)
+    fresh = read_adapters([str(tmp_path / f"in{i}") for i in range(5)], NameTable())
+    job = Job(job.plan, fresh, job.directory, job.starts)
+    with pytest.raises(errors.NonFiniteError, match="in2"):
+        run_serial(job, job.plan.tasks, lambda _, __: None)
+
+
+def test_pinned_memory_is_used_again_when_the_device_has_taken_it() -> None:
+    said: list[str] = []
+
+    class Event:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def record(self) -> None:
+            said.append(f"{self.name} sent")
+
+        def synchronize(self) -> None:
+            said.append(f"{self.name} awaited")
+
+    way = Transfer(torch.device("cpu"))
+    for name, slot in zip("ab", way._slots, strict=True):
+        slot._taken = Event(name)
+    stored = torch.arange(2 * PINNED_BYTES + 100, dtype=torch.int32).to(torch.float32)
+    assert torch.equal(way.send(stored), stored)
+    # Nine pieces: the ninth is a rest.
+    assert said[:4] == ["a sent", "b sent", "a awaited", "a sent"]
+    assert said.count("a awaited") == said.count("a sent") - 1
+    assert said.count("b awaited") == said.count("b sent") - 1
 
 
 def test_no_memory_anywhere_is_an_error_of_its_own(tmp_path: Path) -> None:
@@ -227,3 +289,49 @@ def test_a_gpu_agrees_with_the_cpu(method: str, tmp_path: Path) -> None:
         assert on_gpu.device == "cuda"
         if on_cpu.relative_error is not None:
             assert on_gpu.relative_error == pytest.approx(on_cpu.relative_error, rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------
+# Which device
+
+
+def test_auto_is_the_cpu_without_an_accelerator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    adapter = write_adapter(tmp_path / "in", LAYERS)
+    made = plan([adapter], device="auto", max_vram="1GiB")
+    assert made.device == "cpu"
+    assert made.device_origin == "there is no accelerator"
+
+
+@pytest.mark.parametrize(
+    ("layers", "vram", "device", "origin"),
+    [
+        ({"small": linear(64, 64, 4)}, 2**30, "cpu", "s on the CPU"),
+        ({"huge": linear(40_000, 30_000, 16)}, 2**34, "cuda", "s projected on cuda"),
+        ({"huge": linear(40_000, 30_000, 16)}, MIB, "cpu", "cuda"),
+    ],
+)
+def test_auto_takes_what_is_projected_to_be_faster(
+    layers: dict[str, Layer],
+    vram: int,
+    device: str,
+    origin: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And the CPU where it does not fit on the device."""
+    monkeypatch.setattr(worker, "find_device", lambda *_: Device("cuda", vram))
+    paths = [write_adapter(tmp_path / f"in{i}", layers, seed=i) for i in range(2)]
+    made = plan(paths, method="ties_svd", density=0.2, device="auto", max_memory="8GiB")
+    assert made.device == device
+    assert origin in made.device_origin
+
+
+@pytest.mark.gpu
+def test_auto_finds_the_gpu() -> None:
+    found = worker.find_device("auto", None)
+    assert found.name == "cuda"
+    assert found.allowed_bytes > MIB
+    assert set(worker.fingerprint("cuda")) == {*worker.fingerprint("cpu"), "model"}

@@ -218,7 +218,7 @@ def test_a_factor_is_hashed_once_in_whatever_order_it_is_read(
     expected = xxhash.xxh3_128_hexdigest(stored.tobytes())
     for _ in range(10):
         factor = Factor(described(path), "t", 12, "F32", (rows, width))
-        reader = FactorReader(io(OpenFiles()), factor, torch.float32, torch.device("cpu"))
+        reader = FactorReader(io(OpenFiles()), factor, torch.float32, torch.device("cpu"), None)
         spans = [(int(a), int(min(rows, a + 1 + rng.integers(300)))) for a in rng.permutation(40)]
 
         def right(span: tuple[int, int], reader: FactorReader = reader) -> bool:
@@ -242,7 +242,7 @@ def test_a_factor_is_read_once(tmp_path: Path) -> None:
         return read(file, offset, nbytes)
 
     factor = Factor(described(path), "t", 0, "F32", stored.shape)
-    reader = FactorReader(window, factor, torch.float32, torch.device("cpu"))
+    reader = FactorReader(window, factor, torch.float32, torch.device("cpu"), None)
     for start in range(0, 4000, 500):
         reader.rows(start, start + 500)
     reader.checksum()

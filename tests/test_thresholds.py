@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streammerge.kernels import thresholds
+from streammerge.kernels.each import Here
 from streammerge.kernels.thresholds import Stream, find_threshold
-from streammerge.tiling import split
+from streammerge.tiling import panels, split
 
 
 def stream_of(x: torch.Tensor, tile: int, sample: torch.Tensor | None = None) -> Stream:
@@ -26,9 +27,14 @@ def stream_of(x: torch.Tensor, tile: int, sample: torch.Tensor | None = None) ->
     return Stream(spans, tiles, lambda: x[::3] if sample is None else sample)
 
 
+def whole(stream: Stream) -> Here:
+    """All panels of a stream, in this process."""
+    return Here(stream, len(stream.spans), map)
+
+
 def pruned(x: torch.Tensor, stream: Stream, density: float) -> torch.Tensor:
     """The tensor cut at its threshold, tile by tile."""
-    cut = find_threshold(stream, density, map)
+    cut = find_threshold(stream, density, whole(stream))
     return torch.cat(
         [cut.prune_(x[slice(*span)].clone(), t) for t, span in enumerate(stream.spans)]
     )
@@ -95,15 +101,16 @@ def test_more_equals_than_may_be_gathered_are_counted(monkeypatch: pytest.Monkey
 
 def test_an_ordinary_tensor_takes_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
-    sift = thresholds._pass
-    monkeypatch.setattr(thresholds, "_pass", lambda *a: passes.append(0) or sift(*a))
+    sift = thresholds.sift_panel
+    monkeypatch.setattr(thresholds, "sift_panel", lambda *a: passes.append(a[1]) or sift(*a))
     x = torch.from_numpy(np.random.default_rng(4).standard_normal(300_000).astype(np.float32))
-    find_threshold(stream_of(x, 10_000), 0.2, map)
-    assert len(passes) == 1
+    stream = stream_of(x, 10_000)
+    find_threshold(stream, 0.2, whole(stream))
+    assert passes == panels(len(stream.spans))
 
 
 @pytest.mark.parametrize("value", ["inf", "nan"])
 def test_a_threshold_that_is_not_finite_is_refused(value: str) -> None:
-    x = torch.full((100,), float(value))
+    stream = stream_of(torch.full((100,), float(value)), 10)
     with pytest.raises(FloatingPointError, match="not finite"):
-        find_threshold(stream_of(x, 10), 0.5, map)
+        find_threshold(stream, 0.5, whole(stream))

@@ -17,7 +17,7 @@ from clusters import cluster_of
 from streammerge.adapter import Adapter
 from streammerge.executors.bundles import bundles
 from streammerge.output.parts import make_part, seal
-from streammerge.output.writer import region_checksum
+from streammerge.output.writer import RegionReader
 from streammerge.planner.part import take_part
 from streammerge.plans import Plan, Region, Task
 
@@ -141,7 +141,8 @@ def _seal(folder: Path, nbytes: int) -> tuple[float, int]:
     output.write_bytes(bytes(total))
     part = make_part(folder, total)
     part.write_bytes(bytes(total))
-    checksum = region_checksum(part, 0, regions[0])
+    with RegionReader(folder, (part.name,), (0,)) as reader:
+        checksum = reader.checksum(regions[0])
     began = time.perf_counter()
     seal(part, folder, (0,), (output.name,), [(region, checksum) for region in regions])
     seconds = time.perf_counter() - began
@@ -155,8 +156,9 @@ def _read_back(folder: Path) -> float:
     path = folder / "read"
     path.write_bytes(bytes(regions[-1].offset + 2**22))
     began = time.perf_counter()
-    for region in regions:
-        region_checksum(path, 0, region)
+    with RegionReader(folder, (path.name,), (0,)) as reader:
+        for region in regions:
+            reader.checksum(region)
     seconds = time.perf_counter() - began
     path.unlink()
     return seconds / (len(regions) * 2**22)

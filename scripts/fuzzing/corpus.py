@@ -24,7 +24,7 @@ from making import (
 from streammerge.adapter import NameTable
 from streammerge.budget import Budget
 from streammerge.output.record import write_config, write_record
-from streammerge.output.writer import allocate, region_checksum
+from streammerge.output.writer import RegionReader, allocate
 from streammerge.planner import make_plan
 from streammerge.readers import read_adapter
 from streammerge.recipe import Recipe
@@ -86,7 +86,8 @@ def output(source: Directory) -> Directory:
         regions = [region for task in plan.tasks for region in (task.a, task.b)]
         (start,) = allocate(out, plan.files, regions, plan.dtype)
         write_config(out, plan)
-        sums = {r.name: region_checksum(out / WEIGHTS, start, r) for r in regions}
+        with RegionReader(out, (WEIGHTS,), (start,)) as reader:
+            sums = {region.name: reader.checksum(region) for region in regions}
         write_record(out, plan, {"inputs": []}, sums)
         return {path.name: File(path.read_bytes()) for path in sorted(out.iterdir())}
 

@@ -88,7 +88,12 @@ _OPTIONS = (
         help="For each process, like 512MiB.  [default: what the machine grants]",
     ),
     click.option("--workers", type=int, help="Tasks at once.  [default: the number of cores]"),
-    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, xpu, …"),
+    click.option(
+        "--device",
+        default="cpu",
+        show_default=True,
+        help="cpu, cuda, cuda:1, xpu, …; auto: the accelerator, where that is projected faster.",
+    ),
     click.option(
         "--max-vram", metavar="SIZE", help="Of the device's memory.  [default: what is free]"
     ),

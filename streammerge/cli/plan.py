@@ -64,8 +64,13 @@ def _totals(plan: Plan) -> list[str]:
 def _concurrency(plan: Plan) -> str:
     alone = sum(task.alone for task in plan.tasks)
     lanes = max((task.lanes for task in plan.tasks if task.alone), default=0)
-    shared = f"; {alone} target(s) alone, {lanes} thread(s) each" if alone else ""
-    return f"{plan.concurrency}{shared}"
+    text = str(plan.concurrency)
+    if alone:
+        text += f"; {alone} target(s) alone, {lanes} thread(s) each"
+    teams = Counter(task.team for task in plan.tasks if task.team > 1)
+    for team, count in sorted(teams.items()):
+        text += f"; {count} target(s) shared by {team} workers"
+    return text
 
 
 def _counts(counts: Counter[Any]) -> str:
@@ -78,10 +83,11 @@ def _device(plan: Plan) -> str:
     from streammerge.budget import format_size
 
     if plan.device == "cpu":
-        return "cpu"
+        return f"cpu, {plan.device_origin}"
     held = plan.in_flight([task.device_bytes for task in plan.tasks])
     allowed = format_size(plan.device_allowed_bytes)
-    return f"{plan.device}: {format_size(held)} of its memory at most, {allowed} allowed"
+    memory = f"{format_size(held)} of its memory at most, {allowed} allowed"
+    return f"{plan.device}, {plan.device_origin}; {memory}"
 
 
 def _kept(plan: Plan) -> str:

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import os
-import pickle
 import pkgutil
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from distributed import Client, as_completed
-from distributed.scheduler import KilledWorker
+from distributed import Client, as_completed, wait
 
 from streammerge.adapter import Adapter
 from streammerge.budget import Budget, Device
 from streammerge.errors import ClusterError, StorageError, WorkerError
 from streammerge.executors import workers
 from streammerge.executors.bundles import bundles, node_name
+from streammerge.executors.parcels import Parcels, anywhere, write_small
 from streammerge.executors.remote import Terms, WorkerFacts, describe, look, run_bundle
+from streammerge.executors.team import lead
 from streammerge.executors.workers import (
     LOST,
     VERSION,
@@ -35,8 +35,6 @@ from streammerge.executors.workers import (
     connect,
     lost_as,
 )
-from streammerge.output.parts import seal
-from streammerge.planner.part import take_part
 from streammerge.plans import Plan, Task
 from streammerge.worker import Job, Receipt
 
@@ -62,6 +60,7 @@ class Cluster:
         self._run = f"streammerge-{uuid.uuid4().hex[:8]}"
         self._workers: list[WorkerFacts] = []
         self._mixed = False
+        self._seen = 0.0
 
     def __enter__(self) -> Self:
         self._open.enter_context(self._client.as_current())
@@ -81,13 +80,19 @@ class Cluster:
         """How many workers have answered."""
         return len(self._workers)
 
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What decides the rounding of results on the workers; what each has, where it differs."""
-        found = self._workers[0].fingerprint
-        if all(worker.fingerprint == found for worker in self._workers):
-            return dict(found)
-        return {"mixed": [worker.fingerprint for worker in self._workers]}
+    def fingerprint(self, device: str) -> dict[str, Any]:
+        """Return what decides the rounding of results on the workers' devices.
+
+        Args:
+            device: where they compute.
+
+        Returns:
+            What all have, or what each has, where it differs.
+        """
+        found = [worker.fingerprints[device] for worker in self._workers]
+        if all(one == found[0] for one in found):
+            return dict(found[0])
+        return {"mixed": found}
 
     def survey(
         self, max_memory: int | None, device: str, max_vram: int | None, *, mixed_hardware: bool
@@ -118,10 +123,12 @@ class Cluster:
             self._workers = list(ask(self._client, describe, device, max_vram).values())
         if not self._workers:
             raise ClusterError(f"no worker has come within {workers.ANSWER_SECONDS} s")
-        check_alike(self._workers, mixed=self._mixed)
-        return common_budget(self._workers, max_memory), min(
+        # Where some have an accelerator and some have none, the CPU is what all have.
+        least = min(
             (worker.device for worker in self._workers), key=lambda found: found.allowed_bytes
         )
+        check_alike(self._workers, least.name, mixed=self._mixed)
+        return common_budget(self._workers, max_memory), least
 
     def check_files(self, plan: Plan, adapters: Sequence[Adapter], directory: Path) -> None:
         """Check that all workers see the inputs and the output's directory as they are here.
@@ -129,11 +136,11 @@ class Cluster:
         Raises:
             ClusterError: one does not.
         """
-        files = [file for adapter in adapters for file in _anywhere(adapter).files]
+        files = [file for adapter in adapters for file in anywhere(adapter).files]
         content = uuid.uuid4().bytes
         parts = self._make_directory(directory)
         probe = parts / "probe"
-        _write(probe, content)
+        write_small(probe, content)
         with lost_as(ClusterError):
             problems = ask(self._client, look, files, str(probe), content, plan.scratch)
         for worker, problem in problems.items():
@@ -145,78 +152,96 @@ class Cluster:
     ) -> None:
         """Run tasks of a job on the workers and seal what they write into the output.
 
+        Targets that several workers share come first: while a worker is in a team it does nothing
+        else, so what it holds is within the budget.
+
         Raises:
             TaskStoppedError: the time is over.
             WorkerError: the cluster was lost, or a worker again and again with a task.
             MergeFailedError: a subclass of it says what failed.
         """
         directory = self._make_directory(job.directory)
-        futures: dict[Any, tuple[Task, ...]] = {}
+        parcels = Parcels(job, directory, on_receipt)
         try:
             with lost_as(WorkerError):
-                self._submit(job, tasks, directory, futures)
-                self._collect(job, futures, on_receipt)
+                self._seen = time.monotonic()
+                self._share(parcels, [task for task in tasks if task.team > 1])
+                self._spread(parcels, [task for task in tasks if task.team == 1])
         finally:
             with suppress(*LOST):
-                self._client.cancel(list(futures))
+                self._client.cancel(list(parcels.out))
             left = _remove(directory)
         if left:
             raise StorageError("cannot be removed", path=str(left))
 
+    def _share(self, parcels: Parcels, tasks: Sequence[Task]) -> None:
+        """Run tasks on several workers each; a worker is in one team at a time."""
+        waiting, teams = deque(tasks), dict[Any, list[str]]()
+        while waiting or teams:
+            parcels.job.check()
+            there = self._addresses()
+            for future in [f for f, team in teams.items() if not set(team) & set(there)]:
+                # Nobody else may lead it, so it would wait for ever.
+                self._client.cancel([future])
+                waiting.extend(parcels.out.pop(future))
+                del teams[future]
+            busy = {member for team in teams.values() for member in team}
+            free = [address for address in there if address not in busy]
+            while waiting and free and (len(free) >= waiting[0].team or not teams):
+                task = waiting.popleft()
+                team, free = free[: task.team], free[task.team :]
+                future = self._submit(parcels, lead, (task,), team, workers=team)
+                teams[future] = team
+            with suppress(TimeoutError):
+                wait(list(teams), timeout=workers.POLL_SECONDS, return_when="FIRST_COMPLETED")
+            for future in [future for future in teams if future.done()]:
+                parcels.open(future)
+                del teams[future]
+
+    def _spread(self, parcels: Parcels, tasks: Sequence[Task]) -> None:
+        """Run tasks in bundles, on one worker each."""
+        for bundle in bundles(tasks, sum(worker.threads for worker in self._workers)):
+            self._submit(parcels, run_bundle, bundle)
+        while parcels.out:
+            parcels.job.check()
+            try:
+                for future in as_completed(list(parcels.out), timeout=workers.POLL_SECONDS):
+                    parcels.open(future)
+            except TimeoutError:
+                self._addresses()
+
     def _submit(
         self,
-        job: Job,
-        tasks: Sequence[Task],
-        directory: Path,
-        futures: dict[Any, tuple[Task, ...]],
-    ) -> None:
-        """Give the scheduler all bundles."""
+        parcels: Parcels,
+        function: Callable[..., Any],
+        bundle: Sequence[Task],
+        *args: Any,
+        **options: Any,
+    ) -> Any:
+        """Give the scheduler a bundle; return its future."""
+        path, number = parcels.write(bundle)
         terms = Terms(
             run=self._run,
             version=VERSION,
-            fingerprint=None if self._mixed else self._workers[0].fingerprint,
+            fingerprint=None if self._mixed else self.fingerprint(parcels.job.plan.device),
         )
-        threads = sum(worker.threads for worker in self._workers)
-        adapters = [_anywhere(job.adapters[i]) for i in range(len(job.adapters))]
-        for number, bundle in enumerate(bundles(tasks, threads)):
-            path = directory / f"{number:05d}.tasks"
-            _write(path, pickle.dumps(take_part(job.plan, adapters, bundle)))
-            key = f"{node_name(bundle, number)}-{self._run}"
-            future = self._client.submit(run_bundle, str(path), terms, key=key)
-            futures[future] = bundle
+        key = f"{node_name(bundle, number)}-{self._run}"
+        future = self._client.submit(function, path, terms, *args, key=key, **options)
+        parcels.out[future] = tuple(bundle)
+        return future
 
-    def _collect(
-        self,
-        job: Job,
-        futures: dict[Any, tuple[Task, ...]],
-        on_receipt: Callable[[Task, Receipt], None],
-    ) -> None:
-        """Seal the parts as they come."""
-        names = [file.name for file in job.plan.files]
-        for future in self._finished(job, futures):
-            bundle = futures.pop(future)
-            part, receipts = _result(future, bundle)
-            # Released, or its tasks would run again if the worker were lost later.
-            future.release()
-            regions = [region for task in bundle for region in (task.a, task.b)]
-            checksums = [checksum for receipt in receipts for checksum in receipt.checksums]
-            moves = list(zip(regions, checksums, strict=True))
-            seal(Path(part), job.directory, job.starts, names, moves)
-            for task, receipt in zip(bundle, receipts, strict=True):
-                on_receipt(task, receipt)
+    def _addresses(self) -> list[str]:
+        """Return the addresses of the workers that are there.
 
-    def _finished(self, job: Job, futures: dict[Any, tuple[Task, ...]]) -> Iterator[Any]:
-        """Yield futures as they finish, until there are none; the caller takes them out."""
-        seen = time.monotonic()
-        while futures:
-            job.check()
-            try:
-                yield from as_completed(list(futures), timeout=workers.POLL_SECONDS)
-            except TimeoutError:
-                if addresses(self._client):
-                    seen = time.monotonic()
-                elif time.monotonic() - seen > workers.ANSWER_SECONDS:
-                    raise WorkerError("there is no worker any more") from None
+        Raises:
+            WorkerError: there has been none for long.
+        """
+        found = addresses(self._client)
+        if found:
+            self._seen = time.monotonic()
+        elif time.monotonic() - self._seen > workers.ANSWER_SECONDS:
+            raise WorkerError("there is no worker any more")
+        return found
 
     def _make_directory(self, output: Path) -> Path:
         """Return where this run's bundles and parts lie; nobody else may write there."""
@@ -226,32 +251,6 @@ class Cluster:
         except OSError as error:
             raise StorageError(f"cannot be made ({error.strerror})", path=str(directory)) from error
         return directory
-
-
-def _anywhere(adapter: Adapter) -> Adapter:
-    """Return the manifest with paths that do not depend on the directory one works in."""
-    files = (replace(file, path=str(Path(file.path).absolute())) for file in adapter.files)
-    return replace(adapter, files=tuple(files))
-
-
-def _result(future: Any, bundle: Sequence[Task]) -> tuple[str, list[Receipt]]:
-    try:
-        result: tuple[str, list[Receipt]] = future.result()
-    except KilledWorker as error:
-        raise WorkerError(
-            "workers were lost with it again and again; their logs say why. Too little memory is "
-            "the usual reason",
-            worker=error.last_worker.address,
-            targets=tuple(task.target for task in bundle),
-        ) from error
-    return result
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise StorageError(f"cannot be written ({error.strerror})", path=str(path)) from error
 
 
 def _remove(directory: Path) -> Path | None:

@@ -11,7 +11,7 @@ import pickle
 import platform
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 from distributed import Worker, get_worker
 
 from streammerge.adapter import Adapter, TensorFile
-from streammerge.budget import Device, Grant, format_size, granted_by_machine
+from streammerge.budget import CPU, Device, Grant, format_size, granted_by_machine
 from streammerge.errors import RecipeError, WorkerError
 from streammerge.output.parts import make_part
 from streammerge.output.space import find_scratch
@@ -58,7 +58,8 @@ class WorkerFacts:
     """What its machine, its control groups and its job grant."""
     process_bytes: int
     """What it holds before any task, with all libraries loaded and warm."""
-    fingerprint: dict[str, str]
+    fingerprints: dict[str, dict[str, str]]
+    """What decides the rounding of results on the CPU, and on its device."""
     device: Device
 
 
@@ -85,6 +86,7 @@ def describe(device: str, max_vram: int | None) -> WorkerFacts:
         RecipeError: it has no such device.
     """
     worker = get_worker()
+    found = find_device(device, max_vram)
     return WorkerFacts(
         address=worker.address,
         host=platform.node(),
@@ -93,8 +95,8 @@ def describe(device: str, max_vram: int | None) -> WorkerFacts:
         limit_bytes=_limit(worker),
         granted=tuple(granted_by_machine()),
         process_bytes=measure_process(),
-        fingerprint=fingerprint(device),
-        device=find_device(device, max_vram),
+        fingerprints={name: fingerprint(name) for name in (CPU, found.name)},
+        device=found,
     )
 
 
@@ -179,6 +181,19 @@ def run_bundle(path: str, terms: Terms) -> tuple[str, list[Receipt]]:
         MergeFailedError: a subclass of it says what failed.
     """
     worker = get_worker()
+    plan, adapters, gate = admit(worker, path, terms)
+    threads = worker.state.nthreads
+    return run_tasks(
+        plan, adapters, Path(path), gate, lambda job, task: _run_task(job, task, threads)
+    )
+
+
+def admit(worker: Worker, path: str, terms: Terms) -> tuple[Plan, dict[int, Adapter], Gate]:
+    """Return the plan and the manifests at `path`, and the gate for its tasks.
+
+    Raises:
+        WorkerError: the worker is not like those that the run began with.
+    """
     # A worker that came late has not been asked to describe itself.
     warm_up()
     # The file was written by this very run, into a directory that only its user may write to.
@@ -189,7 +204,7 @@ def run_bundle(path: str, terms: Terms) -> tuple[str, list[Receipt]]:
         raise WorkerError(problem, worker=worker.address, targets=targets)
     with _MAKING_GATES:
         gate = _GATES.setdefault((terms.run, worker.address), Gate(plan.concurrency))
-    return _run(plan, adapters, Path(path), gate, worker.state.nthreads)
+    return plan, adapters, gate
 
 
 def _misfit(worker: Worker, plan: Plan, terms: Terms) -> str | None:
@@ -204,9 +219,28 @@ def _misfit(worker: Worker, plan: Plan, terms: Terms) -> str | None:
     return None
 
 
-def _run(
-    plan: Plan, adapters: Mapping[int, Adapter], path: Path, gate: Gate, threads: int
+def run_tasks(
+    plan: Plan,
+    adapters: Mapping[int, Adapter],
+    path: Path,
+    gate: Gate,
+    run: Callable[[Job, Task], Receipt],
 ) -> tuple[str, list[Receipt]]:
+    """Run the tasks of a part of a plan and write what comes out into a part file of this attempt.
+
+    Args:
+        plan: the part.
+        adapters: its manifests, by their positions.
+        path: where both lie; when it is gone, the run is over.
+        gate: lets in as many tasks at once as there is room for.
+        run: runs one of them.
+
+    Returns:
+        The part file and the receipts.
+
+    Raises:
+        MergeFailedError: a subclass of it says what failed.
+    """
     part = make_part(path.parent, plan.write_bytes)
     plan = replace(plan, files=(OutputFile(part.name, plan.write_bytes),))
     job = Job(plan, adapters, path.parent, starts=(0,))
@@ -215,7 +249,7 @@ def _run(
         with one_thread_each():
             for task in plan.tasks:
                 with gate.passed(alone=task.alone):
-                    receipts.append(_run_task(job, task, threads))
+                    receipts.append(run(job, task))
                 if not path.exists():
                     # The run is over, and nobody hears of this.
                     job.stopped.set()

@@ -109,23 +109,30 @@ def check_scheduler(client: Client) -> None:
         raise ClusterError(f"the scheduler has streammerge {version}, not {VERSION}")
 
 
-def check_alike(workers: Sequence[WorkerFacts], *, mixed: bool) -> None:
+def check_alike(workers: Sequence[WorkerFacts], device: str, *, mixed: bool) -> None:
     """Check that workers have this version and, unless they may be mixed, round alike.
+
+    Args:
+        workers: all of them.
+        device: where they are to compute.
+        mixed: whether they may round differently.
 
     Raises:
         ClusterError: one does not.
     """
     first = workers[0]
+    expected = first.fingerprints[device]
     for worker in workers:
         if worker.version != VERSION:
             raise ClusterError(
                 f"has streammerge {worker.version}, not {VERSION}", worker=worker.address
             )
-        if not mixed and worker.fingerprint != first.fingerprint:
+        found = worker.fingerprints[device]
+        if not mixed and found != expected:
             raise ClusterError(
-                f"computes with {worker.fingerprint}, worker {first.address} with "
-                f"{first.fingerprint}; results would depend on which of them did what. "
-                "Choose like ones, or allow it with mixed_hardware",
+                f"computes with {found}, worker {first.address} with {expected}; results would "
+                "depend on which of them did what. Choose like ones, or allow it with "
+                "mixed_hardware",
                 worker=worker.address,
             )
 

@@ -1,13 +1,16 @@
-"""How work on many items is handed out: a `map`, one after another or over several cores."""
+"""How work on many items is handed out: a `map`, one after another or over several cores; and work
+on the panels of a target, wherever they are."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+
+from streammerge.tiling import panels
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -18,6 +21,37 @@ class Each(Protocol):
 
     def __call__(self, function: Callable[[T], R], items: Iterable[T], /) -> Iterator[R]:
         """Yield function(item) for every item."""
+
+
+class Over(Protocol):
+    """Applies an operation to all panels of something, which may lie in several processes."""
+
+    def __call__(self, operation: Callable[..., R], *args: Any) -> Iterator[R]:
+        """Yield operation(thing, panel, *args) for every panel, in order.
+
+        Operations are functions of modules, and their arguments and results are small, so that
+        both can be sent to where the panels are.
+        """
+
+
+class Here:
+    """The panels of a thing in this process."""
+
+    def __init__(self, thing: Any, count: int, each: Each) -> None:
+        """Make it.
+
+        Args:
+            thing: what operations are applied to.
+            count: how many tiles, or groups of adapters, it has.
+            each: goes over the panels.
+        """
+        self._thing = thing
+        self._count = count
+        self._each = each
+
+    def __call__(self, operation: Callable[..., R], *args: Any) -> Iterator[R]:
+        """Yield operation(thing, panel, *args) for every panel, in order."""
+        return self._each(lambda panel: operation(self._thing, panel, *args), panels(self._count))
 
 
 def accumulate(parts: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from streammerge.kernels.each import Each, accumulate
+from streammerge.kernels.each import Each, Over, accumulate
 from streammerge.kernels.krylov import KrylovSpace
 from streammerge.kernels.tiles import TileAt
 from streammerge.lowrank import Truncation, truncate_matrix
@@ -16,45 +17,45 @@ from streammerge.tiling import panels
 Spans = Sequence[tuple[int, int]]
 
 
+@dataclass(frozen=True)
+class RowTiles:
+    """An m × n matrix, given as tiles of rows."""
+
+    tile_at: TileAt
+    rows: Spans
+    """Each tile's range of rows."""
+    new_buffer: Callable[[], torch.Tensor]
+    """Returns a flat buffer that is large enough for every tile."""
+
+    def of(self, panel: range) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
+        """Yield the row ranges and tiles of a panel, h × n."""
+        buffer = self.new_buffer()
+        for t in panel:
+            top, bottom = self.rows[t]
+            yield (top, bottom), self.tile_at(t, buffer).view(bottom - top, -1)
+
+
 class TiledMatrix:
     """An m × n matrix that is given as tiles of rows; one pass goes over them once."""
 
-    def __init__(
-        self, tile_at: TileAt, rows: Spans, new_buffer: Callable[[], torch.Tensor], each: Each
-    ) -> None:
+    def __init__(self, over: Over, height: int) -> None:
         """Make it.
 
         Args:
-            tile_at: the tiles, flat.
-            rows: each tile's range of rows.
-            new_buffer: returns a flat buffer that is large enough for every tile.
-            each: goes over the panels of a pass.
+            over: the panels of its `RowTiles`.
+            height: m.
         """
-        self._tile_at = tile_at
-        self._rows = rows
-        self._new_buffer = new_buffer
-        self._each = each
+        self._over = over
+        self._height = height
         self._energy: float | None = None
 
     def images(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return M·block and Mᵀ·M·block; the first pass also takes ‖M‖²."""
         first = self._energy is None
-
-        def multiply(panel: range) -> tuple[torch.Tensor, torch.Tensor, float]:
-            # Turned, for a product of wide matrices takes half the time of one of tall ones.
-            turned = block.new_zeros(block.shape[1], block.shape[0])
-            parts, squares = [], 0.0
-            for _, tile in self._tiles(panel):
-                parts.append(tile @ block)
-                turned.addmm_(parts[-1].mT, tile)
-                if first:
-                    squares += squared_norm(tile)
-            return torch.cat(parts), turned, squares
-
-        image = block.new_empty(self._rows[-1][1], block.shape[1])
+        image = block.new_empty(self._height, block.shape[1])
         back = block.new_zeros(block.shape[1], block.shape[0])
         top, energy = 0, 0.0
-        for part, turned, squares in self._each(multiply, panels(len(self._rows))):
+        for part, turned, squares in self._over(multiply_panel, block, first):
             image[top : top + len(part)] = part
             back += turned
             top, energy = top + len(part), energy + squares
@@ -72,21 +73,30 @@ class TiledMatrix:
     def distance(self, triples: Truncation) -> float:
         """Return ‖M - U·S·Vᵀ‖² by one more pass."""
         right = (triples.v * triples.s.to(triples.v.dtype)).mT.contiguous()
+        return sum(self._over(measure_panel, triples.u, right))
 
-        def measure(panel: range) -> float:
-            return sum(
-                squared_norm(torch.addmm(tile, triples.u[top:bottom], right, alpha=-1))
-                for (top, bottom), tile in self._tiles(panel)
-            )
 
-        return sum(self._each(measure, panels(len(self._rows))))
+def multiply_panel(
+    matrix: RowTiles, panel: range, block: torch.Tensor, measured: bool
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return M·block and (Mᵀ·M·block)ᵀ of the rows of a panel, and their ‖M‖² if it is wanted."""
+    # Turned, for a product of wide matrices takes half the time of one of tall ones.
+    turned = block.new_zeros(block.shape[1], block.shape[0])
+    parts, squares = [], 0.0
+    for _, tile in matrix.of(panel):
+        parts.append(tile @ block)
+        turned.addmm_(parts[-1].mT, tile)
+        if measured:
+            squares += squared_norm(tile)
+    return torch.cat(parts), turned, squares
 
-    def _tiles(self, panel: range) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
-        """Yield the row ranges and tiles of a panel, h × n."""
-        buffer = self._new_buffer()
-        for t in panel:
-            top, bottom = self._rows[t]
-            yield (top, bottom), self._tile_at(t, buffer).view(bottom - top, -1)
+
+def measure_panel(matrix: RowTiles, panel: range, u: torch.Tensor, right: torch.Tensor) -> float:
+    """Return ‖M - U·right‖² of the rows of a panel."""
+    return sum(
+        squared_norm(torch.addmm(tile, u[top:bottom], right, alpha=-1))
+        for (top, bottom), tile in matrix.of(panel)
+    )
 
 
 Stacks = Callable[[], tuple[torch.Tensor, torch.Tensor]]
@@ -101,21 +111,26 @@ class FactorSum:
     estimator on what the basis leaves, as in Meyer et al. 2021, arXiv 2010.09649.)
     """
 
-    def __init__(self, groups: Sequence[Stacks], probes: torch.Tensor, each: Each) -> None:
-        self._groups = groups
+    def __init__(self, over: Over, probes: torch.Tensor) -> None:
+        """Make it.
+
+        Args:
+            over: the panels of its groups of adapters, a `Stacks` each.
+            probes: n × p, Gaussian.
+        """
+        self._over = over
         self._probes = probes
-        self._each = each
         self._probed: torch.Tensor | None = None
 
     def images(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return M·block and Mᵀ·M·block; the first pass also takes the probes' images."""
         width = block.shape[1]
         if self._probed is None:
-            image = self._image(torch.cat([block, self._probes], dim=1))
+            image = accumulate(self._over(image_panel, torch.cat([block, self._probes], dim=1)))
             self._probed, image = (image[:, width:].clone(), image[:, :width].contiguous())
         else:
-            image = self._image(block)
-        return image, self._back(image)
+            image = accumulate(self._over(image_panel, block))
+        return image, accumulate(self._over(back_panel, image)).mT.contiguous()
 
     def outside(self, space: KrylovSpace) -> float:
         """Return the estimate from the probes."""
@@ -130,20 +145,26 @@ class FactorSum:
         inner = (triples.v.mT @ self._probes) * triples.s.to(triples.v.dtype)[:, None]
         return squared_norm(self._probed - triples.u @ inner) / self._probes.shape[1]
 
-    def _image(self, block: torch.Tensor) -> torch.Tensor:
-        def multiply(group: Stacks) -> torch.Tensor:
-            b, a = group()
-            return b @ (a @ block)
 
-        return accumulate(self._each(multiply, self._groups))
+def image_panel(groups: Sequence[Stacks], panel: range, block: torch.Tensor) -> torch.Tensor:
+    """Return M·block of the groups of a panel."""
 
-    def _back(self, image: torch.Tensor) -> torch.Tensor:
-        def multiply(group: Stacks) -> torch.Tensor:
-            b, a = group()
-            # Turned, for a product of wide matrices takes half the time of one of tall ones.
-            return (image.mT @ b) @ a
+    def multiply(g: int) -> torch.Tensor:
+        b, a = groups[g]()
+        return b @ (a @ block)
 
-        return accumulate(self._each(multiply, self._groups)).mT.contiguous()
+    return accumulate(map(multiply, panel))
+
+
+def back_panel(groups: Sequence[Stacks], panel: range, image: torch.Tensor) -> torch.Tensor:
+    """Return (Mᵀ·image)ᵀ of the groups of a panel."""
+
+    def multiply(g: int) -> torch.Tensor:
+        b, a = groups[g]()
+        # Turned, for a product of wide matrices takes half the time of one of tall ones.
+        return (image.mT @ b) @ a
+
+    return accumulate(map(multiply, panel))
 
 
 def dense(matrix: torch.Tensor, tile_at: TileAt, rows: Spans, rank: int, each: Each) -> Truncation:

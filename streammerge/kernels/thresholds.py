@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from streammerge.kernels.each import Each, accumulate
+from streammerge.kernels.each import Over, accumulate
 from streammerge.select import (
     Bracket,
     DigitCounter,
@@ -24,7 +24,6 @@ from streammerge.select import (
     narrow,
     settle_digit,
 )
-from streammerge.tiling import panels
 
 BRACKETS = 4
 """Passes with a bracket, after which digits are counted."""
@@ -76,7 +75,7 @@ class Stream:
         return max(stop - start for start, stop in self.spans)
 
 
-def find_threshold(stream: Stream, density: float, each: Each) -> Threshold:
+def find_threshold(stream: Stream, density: float, over: Over) -> Threshold:
     """Find the cut that keeps the int(density·numel) largest magnitudes of a tensor.
 
     Of magnitudes equal to the threshold those with the lowest flat index are kept, so that their
@@ -85,7 +84,7 @@ def find_threshold(stream: Stream, density: float, each: Each) -> Threshold:
     Args:
         stream: the tensor.
         density: share of elements kept.
-        each: goes over the panels of a pass.
+        over: the stream's panels.
 
     Raises:
         FloatingPointError: the threshold is infinite, or no number.
@@ -95,7 +94,7 @@ def find_threshold(stream: Stream, density: float, each: Each) -> Threshold:
         return Threshold(math.inf)
     if keep >= stream.numel:
         return Threshold(-1.0)
-    found = _sift(stream, keep, each) or _count_digits(stream, keep, each)
+    found = _sift(stream, keep, over) or _count_digits(stream, keep, over)
     if not math.isfinite(found.value):
         raise FloatingPointError("a tensor overflows: its threshold is not finite")
     # An element equal to a threshold of zero is zero, kept or not.
@@ -104,7 +103,7 @@ def find_threshold(stream: Stream, density: float, each: Each) -> Threshold:
     return found
 
 
-def _sift(stream: Stream, keep: int, each: Each) -> Threshold | None:
+def _sift(stream: Stream, keep: int, over: Over) -> Threshold | None:
     """Look for the threshold with brackets; None where they do not close on it."""
     sample = stream.sample().abs().cpu().view(-1).numpy()
     whole, share = len(sample) == stream.numel, keep / stream.numel
@@ -112,9 +111,10 @@ def _sift(stream: Stream, keep: int, each: Each) -> Threshold | None:
     bracket: Bracket | None = bracket_sample(sample, share, stream.numel, margin=margin)
     for _ in range(BRACKETS):
         assert bracket is not None
-        found = _pass(stream, bracket, each)
-        if found is None:
+        panels_found = list(over(sift_panel, bracket))
+        if None in panels_found:
             return None
+        found = [part for tiles in panels_found if tiles for part in tiles]
         place = keep - sum(part.above for part in found)
         inside = sum(part.inside for part in found)
         if 0 < place <= inside:
@@ -140,24 +140,17 @@ def _beyond(missed: Bracket, wider: Bracket, *, higher: bool) -> Bracket:
     return Bracket(min(wider.low, missed.low), missed.low, wider.stride)
 
 
-def _pass(stream: Stream, bracket: Bracket, each: Each) -> list[Sifted] | None:
-    """Sift all panels; None where one of them finds too much to gather."""
-
-    def sift(panel: range) -> list[Sifted] | None:
-        sieve: Sieve | None = None
-        found, gathered = [], 0
-        for tile in stream.tiles(panel):
-            sieve = sieve or Sieve(bracket, stream.largest_tile, tile.dtype, tile.device)
-            found.append(sieve.sift(tile))
-            gathered += len(found[-1].gathered)
-            if gathered > PANEL_GATHERED:
-                return None
-        return found
-
-    panels_found = list(each(sift, panels(len(stream.spans))))
-    if None in panels_found:
-        return None
-    return [part for found in panels_found if found for part in found]
+def sift_panel(stream: Stream, panel: range, bracket: Bracket) -> list[Sifted] | None:
+    """Sift the tiles of a panel; None where it finds too much to gather."""
+    sieve: Sieve | None = None
+    found, gathered = [], 0
+    for tile in stream.tiles(panel):
+        sieve = sieve or Sieve(bracket, stream.largest_tile, tile.dtype, tile.device)
+        found.append(sieve.sift(tile))
+        gathered += len(found[-1].gathered)
+        if gathered > PANEL_GATHERED:
+            return None
+    return found
 
 
 def _settle(found: Sequence[Sifted], place: int) -> Threshold:
@@ -169,29 +162,32 @@ def _settle(found: Sequence[Sifted], place: int) -> Threshold:
     return _cut_equals(float(value), equals, place - larger)
 
 
-def _count_digits(stream: Stream, keep: int, each: Each) -> Threshold:
+def _count_digits(stream: Stream, keep: int, over: Over) -> Threshold:
     """Find the threshold digit by digit, which takes a pass for each and one for the equals."""
-    first = next(stream.tiles(range(1)))
-    dtype, device = first.dtype, first.device
+    dtype = next(stream.tiles(range(1))).dtype
     search = Search(remaining=keep)
     while search.settled < digits(dtype):
-
-        def count(panel: range, search: Search = search) -> torch.Tensor:
-            counter = DigitCounter(search, dtype, device)
-            for tile in stream.tiles(panel):
-                counter.add(tile)
-            return counter.counts
-
-        search = settle_digit(search, accumulate(each(count, panels(len(stream.spans)))))
+        search = settle_digit(search, accumulate(over(count_panel, search)))
     value = found_value(search, dtype)
     if search.remaining == search.occurrences or value == 0.0 or not math.isfinite(value):
         return Threshold(value)
+    equals = [count for counts in over(count_equals, value) for count in counts]
+    return _cut_equals(value, equals, search.remaining)
 
-    def count_equals(panel: range) -> list[int]:
-        return [len(equal_places(x, value)) for x in stream.tiles(panel)]
 
-    parts = each(count_equals, panels(len(stream.spans)))
-    return _cut_equals(value, [n for part in parts for n in part], search.remaining)
+def count_panel(stream: Stream, panel: range, search: Search) -> torch.Tensor:
+    """Count the next digit of a search over the tiles of a panel."""
+    counter: DigitCounter | None = None
+    for tile in stream.tiles(panel):
+        counter = counter or DigitCounter(search, tile.dtype, tile.device)
+        counter.add(tile)
+    assert counter is not None, "a panel has a tile"
+    return counter.counts
+
+
+def count_equals(stream: Stream, panel: range, value: float) -> list[int]:
+    """Return how many magnitudes of each tile of a panel equal a value."""
+    return [len(equal_places(x, value)) for x in stream.tiles(panel)]
 
 
 def _cut_equals(value: float, equals: Sequence[int], kept: int) -> Threshold:

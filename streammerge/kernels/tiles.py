@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ import torch
 
 from streammerge.catalog import RULES, Sparsity
 from streammerge.draw import Drawer
-from streammerge.kernels.each import Each, Pool
+from streammerge.kernels.each import Here, Over, Pool
 from streammerge.kernels.thresholds import Stream, Threshold, find_threshold
 from streammerge.rules import FUNCTIONS, Tile
 from streammerge.tiling import sample_step
@@ -63,30 +64,36 @@ class MergedTiles:
     may be asked for, in any order and again, and is the same each time.
     """
 
-    def __init__(
-        self, operands: Operands, options: RuleOptions, *, stacked: bool, each: Each
-    ) -> None:
-        """Find the thresholds.
+    def __init__(self, operands: Operands, options: RuleOptions, *, stacked: bool) -> None:
+        """Make it.
 
         Args:
             operands: the tensors.
             options: the rule and what it needs.
             stacked: whether the N tensors of a tile are kept while the rule goes over them again,
                 instead of being made again.
-            each: goes over the panels of a tensor.
         """
         self._operands = operands
         self._options = options
         self._stacked = stacked
         self._workspaces = Pool(lambda: _Workspace(operands))
-        rule = RULES[options.rule]
-        self._thresholds: list[Threshold] = []
+        self.thresholds: tuple[Threshold, ...] = ()
+        """Where each tensor is cut, once that is known; none where it is found with the tile."""
+
+    def find_thresholds(self, over: Callable[[int], Over]) -> None:
+        """Find where tensors are cut, if the rule cuts them.
+
+        Args:
+            over: returns the panels of tensor i's stream.
+        """
+        rule = RULES[self._options.rule]
         # A tensor of one tile is read once: its threshold is found when it is there.
-        there = len(operands.spans) == 1 and (stacked or rule.sweeps == 1)
+        there = len(self._operands.spans) == 1 and (self._stacked or rule.sweeps == 1)
         if rule.sparsity == "largest" and not there:
-            self._thresholds = [
-                find_threshold(self._stream(i), options.density, each) for i in range(len(operands))
-            ]
+            self.thresholds = tuple(
+                find_threshold(self.stream(i), self._options.density, over(i))
+                for i in range(len(self._operands))
+            )
 
     def __call__(self, t: int, out: torch.Tensor) -> torch.Tensor:
         """Write merged tile `t` into the head of a flat buffer and return it, flat."""
@@ -106,7 +113,7 @@ class MergedTiles:
                 )
             )
 
-    def _stream(self, i: int) -> Stream:
+    def stream(self, i: int) -> Stream:
         """Return tensor `i` for the search of its threshold."""
 
         def tiles(panel: range) -> Iterator[torch.Tensor]:
@@ -134,11 +141,11 @@ class MergedTiles:
             space.stack = (kept, made)
 
     def _threshold(self, i: int, tile: torch.Tensor) -> Threshold:
-        if self._thresholds:
-            return self._thresholds[i]
+        if self.thresholds:
+            return self.thresholds[i]
         step = sample_step(len(tile), self._operands.width)
         whole = Stream(self._operands.spans, lambda _: iter((tile,)), lambda: tile[::step])
-        return find_threshold(whole, self._options.density, map)
+        return find_threshold(whole, self._options.density, Here(whole, 1, map))
 
     def _drop_(self, space: _Workspace, i: int, t: int, x: torch.Tensor) -> torch.Tensor:
         """Keep random elements at the rate of the density, and divide them by it."""
@@ -199,31 +206,43 @@ class TileStore(Protocol):
 class HeldTiles:
     """Tiles of which some are made only once.
 
-    The first `count` are held in memory, the next `stored` are put into the store; the others
-    are made again each time.
+    Of those that are asked for the first `count` are held in memory, the next `stored` are put
+    into the store; the others are made again each time.
     """
 
     def __init__(self, make: TileAt, count: int, store: TileStore | None, stored: int) -> None:
         self._make = make
-        self._count = count
+        self._free = {"held": count, "stored": stored if store is not None else 0}
         self._store = store
-        self._end = count + stored
+        self._places: dict[int, str] = {}
+        self._lock = threading.Lock()
         # Each tile is asked for by one thread at a time; entries of dictionaries are atomic.
         self._held: dict[int, torch.Tensor] = {}
         self._put: set[int] = set()
 
     def __call__(self, t: int, out: torch.Tensor) -> torch.Tensor:
         """Return tile `t`, flat; in `out` unless it is held."""
-        if t < self._count:
+        place = self._places.get(t) or self._place(t)
+        if place == "held":
             if t not in self._held:
                 # Made in memory of its own: the buffer is needed for others.
                 self._held[t] = self._make(t, torch.empty_like(out))
             return self._held[t]
-        if self._store is None or t >= self._end:
+        if place == "made":
             return self._make(t, out)
+        assert self._store is not None, "tiles are only stored where there is a store"
         if t in self._put:
             return self._store.get(t, out)
         made = self._make(t, out)
         self._store.put(t, made)
         self._put.add(t)
         return made
+
+    def _place(self, t: int) -> str:
+        """Decide where a tile lies, for good."""
+        with self._lock:
+            place = next((name for name, free in self._free.items() if free > 0), "made")
+            if place in self._free:
+                self._free[place] -= 1
+            self._places[t] = place
+        return place

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from streammerge.errors import StorageError, VerificationError
-from streammerge.output.writer import RegionWriter, read_pieces
+from streammerge.output.writer import RegionReader, RegionWriter
 from streammerge.plans import Region
 
 
@@ -49,21 +50,21 @@ def seal(
         StorageError: the file system refused.
         VerificationError: a region is not what was written.
     """
+    offset = 0
+    with RegionReader(part.parent, (part.name,), (0,)) as reader:
+        for region, checksum in moves:
+            path = directory / names[region.file]
+            with RegionWriter(path, starts[region.file], region) as writer:
+                for data in reader.pieces(replace(region, file=0, offset=offset)):
+                    writer.append(data)
+            if writer.checksum != checksum:
+                problem = f"{region.name} does not read back as it was written"
+                raise VerificationError(path=str(part), problems=(problem,))
+            offset += region.nbytes
     try:
-        with part.open("rb", buffering=0) as stream:
-            for region, checksum in moves:
-                path = directory / names[region.file]
-                with RegionWriter(path, starts[region.file], region) as writer:
-                    for data in read_pieces(stream, region):
-                        writer.append(data)
-                if writer.checksum != checksum:
-                    problem = f"{region.name} does not read back as it was written"
-                    raise VerificationError(path=str(part), problems=(problem,))
         part.unlink()
     except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(f"cannot be sealed ({error.strerror})", path=str(part)) from error
+        raise StorageError(f"cannot be removed ({error.strerror})", path=str(part)) from error
 
 
 Move = tuple[Region, str]

@@ -12,6 +12,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import cache
 from io import FileIO
 from pathlib import Path
@@ -176,41 +177,79 @@ def _sync_file_range() -> Callable[..., int] | None:
     return getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 
-def region_checksum(path: Path, data_start: int, region: Region) -> str:
-    """Read a region back and return its checksum.
+class RegionReader:
+    """Reads regions of output files back: in one buffer, with one file open at a time."""
 
-    Raises:
-        StorageError: it cannot be read, or the file ends inside it.
-    """
-    digest = xxhash.xxh3_128()
-    try:
-        with path.open("rb", buffering=0) as stream:
-            stream.seek(data_start + region.offset)
-            for data in read_pieces(stream, region):
-                digest.update(data)
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(
-            f"{region.name} cannot be read back ({error.strerror})", path=str(path)
-        ) from error
-    return digest.hexdigest()
+    def __init__(self, directory: Path, names: Sequence[str], starts: Sequence[int]) -> None:
+        """Make it.
 
+        Args:
+            directory: of the files.
+            names: of the files.
+            starts: where each one's data begin.
+        """
+        self._directory = directory
+        self._names = names
+        self._starts = starts
+        # A map, for it begins at a page: the system copies elsewhere at a quarter of the speed.
+        self._room = memoryview(mmap.mmap(-1, READ_BYTES))
+        self._file = -1
+        self._last: FileIO
+        self._open = ExitStack()
 
-def read_pieces(stream: FileIO, region: Region) -> Iterator[memoryview]:
-    """Yield a region's bytes from where a file stands, a piece at a time, in one buffer.
+    def __enter__(self) -> RegionReader:
+        return self
 
-    Raises:
-        StorageError: the file ends inside it.
-    """
-    # A map, for it begins at a page: the system copies to other places at a quarter of the speed.
-    room, left = memoryview(mmap.mmap(-1, READ_BYTES)), region.nbytes
-    while left:
-        read = stream.readinto(room[: min(left, READ_BYTES)])
-        if not read:
-            raise StorageError(f"ends inside {region.name}", path=str(stream.name))
-        yield room[:read]
-        left -= read
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.close()
+
+    def pieces(self, region: Region) -> Iterator[memoryview]:
+        """Yield a region's bytes, a piece at a time; each holds until the next one.
+
+        Raises:
+            StorageError: it cannot be read, or the file ends inside it.
+        """
+        path = self._directory / self._names[region.file]
+        try:
+            stream = self._stream(region.file, path)
+            stream.seek(self._starts[region.file] + region.offset)
+            left = region.nbytes
+            while left:
+                read = stream.readinto(self._room[: min(left, READ_BYTES)])
+                if not read:
+                    raise StorageError(f"ends inside {region.name}", path=str(path))
+                yield self._room[:read]
+                left -= read
+        except OSError as error:
+            if isinstance(error, StorageError):
+                raise
+            raise StorageError(
+                f"{region.name} cannot be read back ({error.strerror})", path=str(path)
+            ) from error
+
+    def checksum(self, region: Region) -> str:
+        """Return xxh3-128 of a region, in hexadecimal.
+
+        Raises:
+            StorageError: it cannot be read, or the file ends inside it.
+        """
+        digest = xxhash.xxh3_128()
+        for data in self.pieces(region):
+            digest.update(data)
+        return digest.hexdigest()
+
+    def _stream(self, file: int, path: Path) -> FileIO:
+        if file != self._file:
+            self._open.close()
+            self._file = -1
+            self._last = self._open.enter_context(path.open("rb", buffering=0))
+            self._file = file
+        return self._last
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -18,6 +18,7 @@ from streammerge.planner.memory import (
     joined_tile_bytes,
     project,
     project_host,
+    project_team,
     stack_bytes,
     tile_bytes,
 )
@@ -53,6 +54,8 @@ class Limits:
     """Tasks in flight at once, of those that are not alone."""
     whole: float = 0.0
     """Operations of all tasks."""
+    workers: int = 1
+    """Processes that run tasks, each within the budget."""
 
     @property
     def on_device(self) -> bool:
@@ -67,13 +70,15 @@ class Limits:
         return self.budget.allowed_bytes - self.budget.reserved_bytes
 
 
-def fit(drafts: Sequence[Draft], rule: RuleSpec, budget: Budget, device: Device) -> Limits:
+def fit(
+    drafts: Sequence[Draft], rule: RuleSpec, budget: Budget, device: Device, workers: int
+) -> Limits:
     """Return the limits, with as many threads as leave room for every task alone.
 
     Raises:
         BudgetError: not even on one thread does every task fit.
     """
-    limits = Limits(budget, device)
+    limits = Limits(budget, device, workers=workers)
     needs = [_least(draft, rule) for draft in drafts]
     worst = max(range(len(drafts)), key=needs.__getitem__)
     hosts = [project_host(draft.shape) for draft in drafts] if limits.on_device else needs
@@ -107,6 +112,8 @@ def _is_alone(draft: Draft, rule: RuleSpec, limits: Limits) -> bool:
     So that cores do not wait for one large target at the end, one that is a good part of the work
     is shared by them; and so is one that is too large for its part of the memory.
     """
+    if _team(draft, rule, limits) > 1:
+        return True
     threads = limits.budget.threads
     if threads == 1:
         return False
@@ -128,13 +135,40 @@ ROUNDS = 8
 share of the work."""
 
 
+TEAM_WORK = 2 * 10**11
+"""Operations of a target that is shared by several workers at least: some ten seconds, for the
+panels of each of some thirty passes are asked for over a network."""
+
+
+def _team(draft: Draft, rule: RuleSpec, limits: Limits) -> int:
+    """Return how many workers share a target: as many as have a panel of it.
+
+    One that is a good part of the work is shared, so that the others do not wait for the worker
+    that has it; it must leave room for what travels between them.
+    """
+    if limits.workers == 1 or draft.course.route not in ("krylov", "sum"):
+        return 1
+    work = arithmetic(draft.course, rule, draft.shape)
+    others = limits.workers * limits.budget.threads * ROUNDS
+    if work < TEAM_WORK or work * others <= limits.whole:
+        return 1
+    team = min(limits.workers, _parts(draft))
+    needed, host = _least(draft, rule, 2), 0
+    travelling = project_team(draft.shape, draft.course, team)
+    if limits.on_device:
+        host = project_host(draft.shape) + travelling
+    else:
+        needed += travelling
+    return team if needed <= limits.room and host <= _host_room(limits) else 1
+
+
 def _parts(draft: Draft) -> int:
     """Into how many parts a target's work falls that can be done side by side."""
     shape, route = draft.shape, draft.course.route
     if route == "fold":
         return len(flat_tiles(shape.rank * shape.small))
     if route == "sum":
-        return len(factor_groups(shape.ranks, shape.m + shape.n))
+        return min(PANELS, len(factor_groups(shape.ranks, shape.m + shape.n)))
     if route == "gram":
         blocks = len(gram_blocks(shape.total_rank))
         return blocks * (blocks + 1)  # pairs of blocks, of the A's and of the B's
@@ -167,12 +201,18 @@ def plan_task(
     shape, course, (a, b) = draft.shape, draft.course, places
     alone = _is_alone(draft, rule, limits)
     room = limits.room if alone else limits.room // limits.together
-    lanes = _lanes(draft, rule, limits, room) if alone else 1
-    holding = _hold(draft, rule, room, lanes)
+    team = _team(draft, rule, limits)
+    travelling = project_team(shape, course, team) if team > 1 else 0
+    if not limits.on_device:
+        room -= travelling
+    lanes = _lanes(draft, rule, limits, room, team) if alone else 1
+    # Who leads a team has buffers of its own beside those of its share.
+    holding = _hold(draft, rule, room, lanes + (team > 1))
     spilled = 0
     if course.route == "krylov" and scratch and prefers_scratch(rule, shape):
         spilled = len(row_tiles(shape.m, shape.n)) - holding.tiles
     held = project(course, rule, shape, holding)
+    host = project_host(shape) if limits.on_device else held
     return Task(
         target=draft.group.target,
         m=shape.m,
@@ -189,9 +229,10 @@ def plan_task(
         passes=course.passes,
         alone=alone,
         lanes=lanes,
+        team=team,
         read_bytes=shape.source_bytes,
         write_bytes=a.nbytes + b.nbytes,
-        projected_bytes=project_host(shape) if limits.on_device else held,
+        projected_bytes=host + travelling,
         device_bytes=held if limits.on_device else 0,
         flops=arithmetic(course, rule, shape),
         a=a,
@@ -199,12 +240,13 @@ def plan_task(
     )
 
 
-def _lanes(draft: Draft, rule: RuleSpec, limits: Limits, room: int) -> int:
+def _lanes(draft: Draft, rule: RuleSpec, limits: Limits, room: int, team: int) -> int:
     """Return how many threads work on a task that is alone: as many as there is room for."""
     if limits.on_device:
         return 1
-    lanes = min(limits.budget.threads, _parts(draft))
-    while lanes > 1 and _least(draft, rule, lanes) > room:
+    leading = team > 1
+    lanes = min(limits.budget.threads, -(-_parts(draft) // team))
+    while lanes > 1 and _least(draft, rule, lanes + leading) > room:
         lanes -= 1
     return lanes
 

@@ -29,6 +29,7 @@ def make_plan(
     budget: Budget,
     *,
     device: Device = ON_CPU,
+    workers: int = 1,
     io: str = "mmap",
     scratch: str | None = None,
 ) -> Plan:
@@ -39,6 +40,7 @@ def make_plan(
         recipe: what was asked for.
         budget: allowed memory, and how many tasks may be in flight.
         device: where tasks compute, and its memory.
+        workers: processes that run tasks, each within the budget and with such a device.
         io: how inputs are read.
         scratch: directory for tiles that do not fit into memory.
 
@@ -59,7 +61,7 @@ def make_plan(
     ]
     pairs = [_pair(adapters, alignment, draft) for draft in drafts]
     files, regions = lay_out(pairs, ITEM_BYTES[dtype], recipe.max_shard_bytes)
-    limits = fit(drafts, rule, budget, device)
+    limits = fit(drafts, rule, budget, device, workers)
     tasks = tuple(
         plan_task(draft, rule, limits, scratch, places)
         for draft, places in zip(drafts, regions, strict=True)

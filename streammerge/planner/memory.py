@@ -11,7 +11,15 @@ from functools import lru_cache
 
 from streammerge.catalog import RuleSpec
 from streammerge.planner.routes import DOUBLE, PROBES, Course, Shape
-from streammerge.tiling import factor_groups, factor_rows, flat_tiles, gram_rows, longest, row_tiles
+from streammerge.tiling import (
+    PANELS,
+    factor_groups,
+    factor_rows,
+    flat_tiles,
+    gram_rows,
+    longest,
+    row_tiles,
+)
 
 SLACK_BYTES = 8 * 1024**2
 """Allocator rounding, small tensors of a task, and pages of files at both ends of a window."""
@@ -20,6 +28,12 @@ LANE_BYTES = 2 * 1024**2
 """The same for each further lane, and the buffer that its thread reads into."""
 
 PAGE_BYTES = 4096
+
+PINNED_BYTES = 4 * 1024**2
+"""Of pinned memory for a piece of a factor on its way to a device."""
+
+PINNED_SLOTS = 2
+"""One is filled while the other is on its way."""
 
 COUNTER_BYTES = 2 * 1024**2
 """Sample, histogram and chunk buffers of a threshold's search."""
@@ -76,13 +90,23 @@ def project(course: Course, rule: RuleSpec, shape: Shape, holding: Holding) -> i
     return parts[course.route]() + SLACK_BYTES + (lanes - 1) * LANE_BYTES
 
 
+def project_team(shape: Shape, course: Course, team: int) -> int:
+    """Return what is on its way between workers that share a target, in the memory of each.
+
+    A block to all of them, as it came and as it is used; the images of as many panels as one
+    worker has, as they are made, sent and added up; where they are added up, their sum.
+    """
+    images = 3 * -(-PANELS // team) + 3
+    return images * max(shape.m, shape.n) * (course.block + PROBES) * shape.item
+
+
 def project_host(shape: Shape) -> int:
     """Return what a task holds in the process's memory while it computes on a device.
 
-    The factor in hand, stored and on its way; the pair on its way back.
+    The factor in hand, as it is stored, and what is pinned; the pair on its way back.
     """
     incoming = max(shape.ranks) * max(shape.m, shape.n) * (shape.stored_item + shape.item)
-    return incoming + _pair(shape) + SLACK_BYTES
+    return incoming + PINNED_SLOTS * PINNED_BYTES + _pair(shape) + SLACK_BYTES
 
 
 def joined_tile_bytes(shape: Shape) -> int:
@@ -128,11 +152,11 @@ def _gram(shape: Shape, lanes: int) -> int:
 
 def _sum(shape: Shape, course: Course, holding: Holding) -> int:
     """The factors that are kept; for each lane the stacks of a group, one factor as it is read,
-    and the stacks' small product; the bases."""
+    and the stacks' products, to be added up; the bases."""
     sides = shape.m + shape.n
     columns = max(sum(shape.ranks[i] for i in group) for group in factor_groups(shape.ranks, sides))
     reading = max(shape.ranks) * max(shape.m, shape.n) * (shape.item + shape.stored_item)
-    products = columns * (course.block + PROBES) * shape.item
+    products = (columns + max(shape.m, shape.n)) * (course.block + PROBES) * shape.item
     lane = columns * sides * shape.item + reading + products
     probed = 3 * max(shape.m, shape.n) * PROBES * shape.item
     kept = factor_bytes(shape, holding.factors)

@@ -10,19 +10,26 @@ from streammerge.worker.job import (
     warm_up,
 )
 from streammerge.worker.lanes import Lanes
+from streammerge.worker.member import Errand, Member, packed, unpacked
 from streammerge.worker.receipt import Certificate, Receipt
 from streammerge.worker.run import run_task
+from streammerge.worker.work import Part
 
 __all__ = [
     "Certificate",
+    "Errand",
     "Job",
     "Lanes",
+    "Member",
+    "Part",
     "Receipt",
     "TaskStoppedError",
     "find_device",
     "fingerprint",
     "measure_process",
     "one_thread_each",
+    "packed",
     "run_task",
+    "unpacked",
     "warm_up",
 ]

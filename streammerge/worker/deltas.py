@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing
 
 import torch
 
 from streammerge.kernels.krylov import block_krylov
-from streammerge.kernels.matrices import TiledMatrix, dense
+from streammerge.kernels.matrices import RowTiles, TiledMatrix, dense
+from streammerge.kernels.thresholds import Stream, Threshold
 from streammerge.kernels.tiles import HeldTiles, MergedTiles, Operands
 from streammerge.lowrank import Truncation
 from streammerge.output.scratch import ScratchFile
@@ -22,29 +23,66 @@ Spans = Sequence[tuple[int, int]]
 
 def merge_deltas(work: Work) -> Truncation:
     """Return the triples of a matrix that a rule makes, tile by tile, from the deltas."""
-    job, task, sources = work.job, work.task, work.sources
-    rows = row_tiles(task.m, task.n)
-    deltas = _Deltas(work, rows)
-    operands = Operands(
-        spans=[(start * task.n, stop * task.n) for start, stop in rows],
-        fill=deltas.fill,
-        sample=deltas.sample,
-        width=task.n,
-        new_buffer=sources.a[0].new_buffer,
-        keys=sources.keys(job, task.target, "delta"),
-        weights=sources.weights,
-    )
-    merged = MergedTiles(operands, job.options, stacked=task.stacked, each=work.each)
-    if task.route == "dense":
-        matrix = sources.a[0].new_empty((task.m, task.n))
-        return dense(matrix, merged, rows, task.rank, work.each)
-    start = work.gaussian("krylov", task.block)
-    with closing(SpilledTiles(work)) if task.spilled else nullcontext() as store:
-        held = HeldTiles(merged, task.resident, store, task.spilled)
-        tiled = TiledMatrix(
-            held, rows, lambda: operands.new_buffer(operands.largest_tile), work.each
+    task = work.task
+    with closing(MergedDeltas(work)) as merged:
+        count = len(merged.rows)
+        merged.tiles.find_thresholds(
+            lambda i: work.over(("stream", i), lambda: merged.stream(i), count)
         )
+        if task.route == "dense":
+            matrix = work.sources.a[0].new_empty((task.m, task.n))
+            return dense(matrix, merged.tiles, merged.rows, task.rank, work.each)
+        thresholds = merged.tiles.thresholds
+        tiled = TiledMatrix(
+            work.over(("matrix", thresholds), lambda: merged.matrix(thresholds), count), task.m
+        )
+        start = work.gaussian("krylov", task.block)
         return block_krylov(tiled, task.rank, start, task.passes, work.each)
+
+
+class MergedDeltas:
+    """What a rule makes of the deltas, in tiles; as much of it is held as the task says."""
+
+    def __init__(self, work: Work) -> None:
+        self.rows = row_tiles(work.task.m, work.task.n)
+        """Each tile's range of rows."""
+        self._work = work
+        self._deltas = deltas = _Deltas(work, self.rows)
+        n, sources = work.task.n, work.sources
+        self._operands = Operands(
+            spans=[(start * n, stop * n) for start, stop in self.rows],
+            fill=deltas.fill,
+            sample=deltas.sample,
+            width=n,
+            new_buffer=sources.a[0].new_buffer,
+            keys=sources.keys(work.job, work.task.target, "delta"),
+            weights=sources.weights,
+        )
+        self.tiles = MergedTiles(self._operands, work.job.options, stacked=work.task.stacked)
+        self._open = ExitStack()
+        self._held: HeldTiles | None = None
+
+    def stream(self, i: int) -> Stream:
+        """Return delta i, for the search of its threshold."""
+        return self.tiles.stream(i)
+
+    def matrix(self, thresholds: tuple[Threshold, ...]) -> RowTiles:
+        """Return the merged matrix, of deltas that are cut there; it holds tiles from now on."""
+        if self._held is None:
+            task = self._work.task
+            self.tiles.thresholds = thresholds
+            store = (
+                self._open.enter_context(closing(SpilledTiles(self._work)))
+                if task.spilled
+                else None
+            )
+            self._held = HeldTiles(self.tiles, task.resident, store, task.spilled)
+        size = self._operands.largest_tile
+        return RowTiles(self._held, self.rows, lambda: self._operands.new_buffer(size))
+
+    def close(self) -> None:
+        """Free the disk."""
+        self._open.close()
 
 
 class _Deltas:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,17 @@ import torch
 import xxhash
 
 from streammerge.adapter import TORCH_NAMES, Factor
+from streammerge.budget import CPU
 from streammerge.draw import stream_key
 from streammerge.errors import NonFiniteError
 from streammerge.plans import Task
 from streammerge.readers.windows import Bytes, Window
 from streammerge.tiling import TILE_ELEMENTS, flat_tiles
 from streammerge.worker.job import Job
+from streammerge.worker.transfer import Transfer
+
+LINALG_ERROR: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+"""What LAPACK's refusals are raised as."""
 
 _STORED: dict[str, torch.dtype] = {
     stored: getattr(torch, name) for stored, name in TORCH_NAMES.items()
@@ -30,12 +36,28 @@ class FactorReader:
     """One factor of one adapter: elements in the compute dtype, checked, hashed on the way."""
 
     def __init__(
-        self, window: Window, factor: Factor, dtype: torch.dtype, device: torch.device
+        self,
+        window: Window,
+        factor: Factor,
+        dtype: torch.dtype,
+        device: torch.device,
+        transfer: Transfer | None,
     ) -> None:
+        """Make it.
+
+        Args:
+            window: reads stored bytes.
+            factor: where it lies.
+            dtype: of the elements.
+            device: where they are wanted.
+            transfer: the way there, where that is not the process's own memory.
+        """
         self.factor = factor
         self._window = window
         self._dtype = dtype
         self._device = device
+        self._transfer = transfer
+        self._unchecked: torch.Tensor | None = None
         self._stored = _STORED[factor.dtype]
         self._hash = xxhash.xxh3_128()
         self._hashed = 0
@@ -50,15 +72,33 @@ class FactorReader:
             out: a flat buffer that they are put into, when given.
 
         Raises:
-            NonFiniteError: one of them is NaN or infinite.
+            NonFiniteError: one of them is NaN or infinite; on a device `check` says so.
         """
         stored = self._stored_at(start, stop)
         values = self.new_empty((stop - start,)) if out is None else out[: stop - start]
+        if self._transfer is not None:
+            values.copy_(self._transfer.send(stored))
+            # To look at the sum would wait for the device; see `check`.
+            total = values.sum()
+            self._unchecked = total if self._unchecked is None else self._unchecked.add_(total)
+            return values
         values.copy_(stored)
         # A sum is finite only if all its terms are; it may overflow without them, hence the look.
         if not math.isfinite(float(values.sum())):
             self._refuse_non_finite(values, stored)
         return values
+
+    def check(self) -> None:
+        """Check what was brought to a device and not looked at on its way.
+
+        Raises:
+            NonFiniteError: an element is NaN or infinite.
+        """
+        if self._unchecked is None or math.isfinite(float(self._unchecked)):
+            return
+        for span in flat_tiles(self.factor.elements):
+            stored = self._stored_at(*span)
+            self._refuse_non_finite(stored.to(self._dtype), stored)
 
     def strided(self, step: int) -> torch.Tensor:
         """Return every step-th element of each of its tiles, unchecked."""
@@ -153,10 +193,15 @@ class TargetSources:
         self.positions = [int(columns.adapter[i]) for i in rows]
         self.weights = [float(weights[p]) for p in self.positions]
         self.scalings = [float(columns.scaling[i]) for i in rows]
+        transfer = Transfer(device) if device.type != CPU else None
         self.a, self.b = (
             [
                 FactorReader(
-                    job.window, job.adapters[p].factor(int(columns.row[i]), side), job.dtype, device
+                    job.window,
+                    job.adapters[p].factor(int(columns.row[i]), side),
+                    job.dtype,
+                    device,
+                    transfer,
                 )
                 for p, i in zip(self.positions, rows, strict=True)
             ]
@@ -165,6 +210,24 @@ class TargetSources:
 
     def __len__(self) -> int:
         return len(self.weights)
+
+    @contextmanager
+    def checked(self) -> Iterator[None]:
+        """Check, at the end, what was brought to a device and not looked at on its way.
+
+        Raises:
+            NonFiniteError: an element is NaN or infinite, and so is what else went wrong.
+        """
+        try:
+            yield
+        except (FloatingPointError, LINALG_ERROR):
+            self._check()
+            raise
+        self._check()
+
+    def _check(self) -> None:
+        for reader in (*self.a, *self.b):
+            reader.check()
 
     def keys(self, job: Job, target: str, tensor: str) -> list[int]:
         """Return each source's key of random bits for a tensor of the target."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from streammerge.adapter import Adapter, TensorFile
-from streammerge.budget import CPU, HEADROOM, Device, resident_bytes, round_process
+from streammerge.budget import AUTO, CPU, HEADROOM, Device, resident_bytes, round_process
 from streammerge.errors import RecipeError
 from streammerge.kernels.tiles import RuleOptions
 from streammerge.output.writer import RegionWriter
@@ -143,19 +143,31 @@ def fingerprint(device: str) -> dict[str, str]:
         "blas": blas,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "device": torch.device(device).type,
+        **_model(torch.device(device)),
     }
+
+
+def _model(device: torch.device) -> dict[str, str]:
+    """Return which model a device is, for those of one kind round apart; nothing of the CPU."""
+    if device.type == CPU:
+        return {}
+    name = getattr(torch.get_device_module(device), "get_device_name", None)
+    return {"model": str(name(device)) if name else "unknown"}
 
 
 def find_device(name: str, max_vram: int | None) -> Device:
     """Return the device of this name, and how much of its memory tasks may take.
 
     Args:
-        name: as torch spells it.
+        name: as torch spells it; "auto" for the accelerator, or the CPU where there is none.
         max_vram: in bytes; what is free on the device, with headroom, when None.
 
     Raises:
         RecipeError: there is no such device, or its free memory is not known and was not given.
     """
+    if name == AUTO:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return find_device(accelerator.type, max_vram) if accelerator else Device()
     try:
         device = torch.device(name)
         if device.type != CPU:
@@ -167,9 +179,12 @@ def find_device(name: str, max_vram: int | None) -> Device:
             raise RecipeError("max_vram goes with a device other than the CPU", option="max_vram")
         return Device()
     if max_vram is None:
-        if device.type != "cuda":
-            raise RecipeError(f"say how much of {name} may be used", option="max_vram")
-        free, _ = torch.cuda.mem_get_info(device)
+        try:
+            free, _ = torch.accelerator.get_memory_info(device)
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            raise RecipeError(
+                f"say how much of {name} may be used ({error})", option="max_vram"
+            ) from error
         max_vram = int(free * HEADROOM)
     return Device(name, max_vram)
 

@@ -19,34 +19,34 @@ from streammerge.lowrank import (
 from streammerge.tiling import factor_rows
 from streammerge.worker.encode import write
 from streammerge.worker.receipt import Certificate
-from streammerge.worker.work import Work
+from streammerge.worker.work import Work, Writers
 
 
-def write_pair(work: Work, triples: Truncation) -> Certificate:
+def write_pair(work: Work, triples: Truncation, writers: Writers) -> Certificate:
     """Write B and A, rows by rows, and judge them as written."""
     clamp = work.job.plan.recipe["clamp"]
     if clamp is None:
         b, a_turned = balanced_pair(triples)
-        rounding = _write_factors(work, b, a_turned)
+        rounding = _write_factors(work, b, a_turned, writers)
     else:
         best_b, best_a = balanced_pair(replace(triples, u=triples.u.clone(), v=triples.v.clone()))
         b, a_turned, limit = clamped_pair(triples, float(clamp))
         if limit < 0:
             raise ClampError(target=work.task.target, quantile=float(clamp), limit=limit)
-        _write_factors(work, b, a_turned)
+        _write_factors(work, b, a_turned, writers)
         rounding = rounding_energy([(best_b, b)], [(best_a, a_turned)])
     return _certify(triples, rounding)
 
 
-def _write_factors(work: Work, b: torch.Tensor, a_turned: torch.Tensor) -> float:
+def _write_factors(work: Work, b: torch.Tensor, a_turned: torch.Tensor, writers: Writers) -> float:
     """Write B (m × R) and A, given as Aᵀ (n × R); return the energy that the dtype rounds off."""
     rank = b.shape[1]
     for start, stop in factor_rows(len(b), rank):
-        write(work.job, work.b, b[start:stop])
+        write(work.job, writers.b, b[start:stop])
     # A is written by rows, R × n, so it is turned first; B's rows lie as they are written.
     a = a_turned.mT.contiguous()
     for start, stop in factor_rows(rank, a.shape[1]):
-        write(work.job, work.a, a[start:stop])
+        write(work.job, writers.a, a[start:stop])
     if work.job.output_dtype == work.job.dtype:
         return 0.0
     rows = [_rounded(x, work.job.output_dtype) for x in (b, a_turned)]

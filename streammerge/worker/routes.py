@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from streammerge.kernels.each import Pool
+from streammerge.kernels.each import Each, Here, Over, Pool
 from streammerge.kernels.tiles import MergedTiles, Operands
 from streammerge.spaces.factor import factor_weights
 from streammerge.tiling import factor_rows, flat_tiles, longest, sample_step
@@ -16,7 +16,7 @@ from streammerge.worker.factors import FactorReader
 from streammerge.worker.pair import write_pair
 from streammerge.worker.receipt import Certificate
 from streammerge.worker.sums import merge_core, merge_gram, merge_sum
-from streammerge.worker.work import Work
+from streammerge.worker.work import Work, Writers
 
 Spans = Sequence[tuple[int, int]]
 Fill = Callable[[int, int, torch.Tensor], torch.Tensor]
@@ -30,7 +30,7 @@ TRUNCATING = {
 }
 
 
-def merge_target(work: Work) -> Certificate | None:
+def merge_target(work: Work, writers: Writers) -> Certificate | None:
     """Merge one target by its planned route and write its pair.
 
     Returns:
@@ -38,16 +38,16 @@ def merge_target(work: Work) -> Certificate | None:
     """
     route = work.task.route
     if route in TRUNCATING:
-        return write_pair(work, TRUNCATING[route](work))
-    {"concatenate": _concatenate, "fold": _fold}[route](work)
+        return write_pair(work, TRUNCATING[route](work), writers)
+    {"concatenate": _concatenate, "fold": _fold}[route](work, writers)
     return None
 
 
-def _concatenate(work: Work) -> None:
+def _concatenate(work: Work, writers: Writers) -> None:
     """Write A = vstack(q_i·A_i) and B = hstack(B_i), a tile or a few at a time."""
     for reader, q in zip(work.sources.a, work.stack_weights, strict=True):
         for start, stop in flat_tiles(reader.factor.elements):
-            write(work.job, work.a, reader.elements(start, stop).mul_(q))
+            write(work.job, writers.a, reader.elements(start, stop).mul_(q))
     readers = work.sources.b
     ranks = [reader.matrix_shape[1] for reader in readers]
     blocks = _joined(factor_rows(work.task.m, sum(ranks)), max(1, work.task.resident))
@@ -59,8 +59,8 @@ def _concatenate(work: Work) -> None:
         block = joined[: (stop - start) * sum(ranks)].view(stop - start, -1)
         for reader, place in zip(readers, torch.split(block, ranks, dim=1), strict=True):
             rows = reader.rows(start, stop, out=buffer)
-            place.copy_(cast_tile(work.job, work.b.name, rows))
-        work.b.append(bytes_of(block))
+            place.copy_(cast_tile(work.job, writers.b.name, rows))
+        writers.b.append(bytes_of(block))
 
 
 def _joined(ranges: Spans, count: int) -> list[tuple[int, int]]:
@@ -69,11 +69,11 @@ def _joined(ranges: Spans, count: int) -> list[tuple[int, int]]:
     return [(ranges[i][0], ranges[min(i + count, len(ranges)) - 1][1]) for i in firsts]
 
 
-def _fold(work: Work) -> None:
+def _fold(work: Work, writers: Writers) -> None:
     """Write the rule's answer on all A's, then on all B's, a tile at a time."""
     job, sources = work.job, work.sources
     weights = factor_weights(sources.weights, sources.scalings)
-    sides = (("A", sources.a, work.a), ("B", sources.b, work.b))
+    sides = (("A", sources.a, writers.a), ("B", sources.b, writers.b))
     for (side, readers, writer), side_weights in zip(sides, weights, strict=True):
         spans = flat_tiles(readers[0].factor.elements)
         operands = Operands(
@@ -85,9 +85,15 @@ def _fold(work: Work) -> None:
             keys=sources.keys(job, work.task.target, side),
             weights=side_weights,
         )
-        merged = MergedTiles(operands, job.options, stacked=work.task.stacked, each=work.each)
+        merged = MergedTiles(operands, job.options, stacked=work.task.stacked)
+        merged.find_thresholds(_streams(merged, len(spans), work.each))
         for tile in work.each(_cast_tiles(work, merged, operands, writer.name), range(len(spans))):
             writer.append(bytes_of(tile))
+
+
+def _streams(merged: MergedTiles, count: int, each: Each) -> Callable[[int], Over]:
+    """Return what returns the panels of the stream of tensor i."""
+    return lambda i: Here(merged.stream(i), count, each)
 
 
 def _cast_tiles(

@@ -16,13 +16,11 @@ import torch
 from streammerge.errors import ComputeOverflowError, MemoryExhaustedError
 from streammerge.kernels.each import Each
 from streammerge.plans import Task
-from streammerge.worker.factors import TargetSources
+from streammerge.worker.factors import LINALG_ERROR, TargetSources
 from streammerge.worker.job import Job
 from streammerge.worker.receipt import Receipt
 from streammerge.worker.routes import merge_target
-from streammerge.worker.work import Work
-
-_LINALG_ERROR: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+from streammerge.worker.work import Team, Work, Writers
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -30,7 +28,7 @@ R = TypeVar("R")
 _CPU = torch.device("cpu")
 
 
-def run_task(job: Job, task: Task, each: Each = map) -> Receipt:
+def run_task(job: Job, task: Task, each: Each = map, team: Team | None = None) -> Receipt:
     """Merge one target and write its regions.
 
     Out of device memory, the task is tried again with nothing held but what it cannot do
@@ -40,6 +38,7 @@ def run_task(job: Job, task: Task, each: Each = map) -> Receipt:
         job: what it belongs to.
         task: the target.
         each: goes over parts of it, as many at once as the task was planned with.
+        team: workers that share it, if any do.
 
     Raises:
         MergeFailedError: a subclass of it says what failed.
@@ -50,11 +49,12 @@ def run_task(job: Job, task: Task, each: Each = map) -> Receipt:
         torch.set_num_threads(1)
     for device, attempt in _attempts(job.device, task):
         try:
-            receipt = _run_on(device, job, attempt, each if attempt is task else map)
+            first = attempt is task
+            receipt = _run_on(device, job, attempt, each if first else map, team if first else None)
         except torch.OutOfMemoryError as error:
             failure = error
             continue
-        except (FloatingPointError, _LINALG_ERROR) as error:
+        except (FloatingPointError, LINALG_ERROR) as error:
             # The inputs were checked, so these speak of what was made of them; LAPACK refuses
             # NaN and infinity.
             raise ComputeOverflowError(
@@ -78,11 +78,16 @@ def _attempts(device: torch.device, task: Task) -> Iterator[tuple[torch.device, 
         yield _CPU, lean
 
 
-def _run_on(device: torch.device, job: Job, task: Task, each: Each) -> Receipt:
+def _run_on(device: torch.device, job: Job, task: Task, each: Each, team: Team | None) -> Receipt:
     sources = TargetSources(job, task, device)
-    with torch.inference_mode(), job.writer(task.a) as a, job.writer(task.b) as b:
-        work = Work(job, task, sources, device, a, b, _watched(job, each))
-        certificate = merge_target(work)
+    work = Work(job, task, sources, device, watched(job, each), team)
+    with (
+        torch.inference_mode(),
+        job.writer(task.a) as a,
+        job.writer(task.b) as b,
+        sources.checked(),
+    ):
+        certificate = merge_target(work, Writers(a, b))
     return Receipt(
         target=task.target,
         checksums=(a.checksum, b.checksum),
@@ -93,7 +98,7 @@ def _run_on(device: torch.device, job: Job, task: Task, each: Each) -> Receipt:
     )
 
 
-def _watched(job: Job, each: Each) -> Each:
+def watched(job: Job, each: Each) -> Each:
     """Return `each`, ending with the run: what is held is not read, and may take long."""
 
     def watched(function: Callable[[T], R], items: Iterable[T], /) -> Iterator[R]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+import threading
+from collections.abc import Callable
 
 import torch
 
@@ -51,17 +52,48 @@ def _stack(work: Work, chosen: range, side: str) -> torch.Tensor:
 def merge_sum(work: Work) -> Truncation:
     """Return the triples of Σ w_i·Δ_i by going over the factors, a group of adapters at a time."""
     task = work.task
-    ranks = [reader.matrix_shape[0] for reader in work.sources.a]
-    groups = [_group(work, group) for group in factor_groups(ranks, task.m + task.n)]
     start, probes = work.gaussian("krylov", task.block), work.gaussian("probes", PROBES)
-    total = FactorSum(groups, probes, work.each)
+    count = len(source_groups(work))
+    total = FactorSum(work.over(("groups",), lambda: stacks_of(work), count), probes)
     return block_krylov(total, task.rank, start, task.passes, work.each)
 
 
-def _group(work: Work, group: range) -> Stacks:
-    """Return what returns the stacks of a group, which are held if there is room."""
+def source_groups(work: Work) -> list[range]:
+    """Return which sources are stacked together."""
+    ranks = [reader.matrix_shape[0] for reader in work.sources.a]
+    return factor_groups(ranks, work.task.m + work.task.n)
 
-    def stacks() -> tuple[torch.Tensor, torch.Tensor]:
-        return _stack(work, group, "B"), _stack(work, group, "A")
 
-    return cache(stacks) if group.stop <= work.task.factors else stacks
+def stacks_of(work: Work) -> list[Stacks]:
+    """Return what returns the stacks of each group; as many are held as the task says."""
+    ranks = [reader.matrix_shape[0] for reader in work.sources.a]
+    free, lock = sum(ranks[: work.task.factors]), threading.Lock()
+
+    def held(rank: int) -> bool:
+        nonlocal free
+        with lock:
+            fits = rank <= free
+            free -= rank if fits else 0
+        return fits
+
+    return [_Group(work, group, held) for group in source_groups(work)]
+
+
+class _Group:
+    """The stacks of a group, which are held if there is room when they are first asked for."""
+
+    def __init__(self, work: Work, group: range, held: Callable[[int], bool]) -> None:
+        self._work = work
+        self._group = group
+        self._asked = False
+        self._held = held
+        self._stacks: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._stacks is not None:
+            return self._stacks
+        stacks = _stack(self._work, self._group, "B"), _stack(self._work, self._group, "A")
+        if not self._asked and self._held(len(stacks[1])):
+            self._stacks = stacks
+        self._asked = True
+        return stacks

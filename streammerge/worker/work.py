@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
 from streammerge.draw import stream_key
-from streammerge.kernels.each import Each
+from streammerge.kernels.each import Each, Here, Over
 from streammerge.output.writer import RegionWriter
 from streammerge.plans import Task
 from streammerge.spaces.exact import stack_weights
 from streammerge.worker.factors import TargetSources
 from streammerge.worker.job import Job
+
+Part = tuple[Any, ...]
+"""What of a target is meant: ("stream", i), the tiles of delta i; ("matrix", thresholds), the
+merged matrix; ("groups",), the stacks of the sources."""
+
+
+class Team(Protocol):
+    """Several workers that share a target, each with some of its panels."""
+
+    def over(self, part: Part, count: int) -> Over:
+        """Return the panels of a part that has so many tiles, or groups."""
+
+
+@dataclass(frozen=True)
+class Writers:
+    """Where a target's pair goes."""
+
+    a: RegionWriter
+    b: RegionWriter
 
 
 @dataclass(frozen=True)
@@ -23,10 +44,22 @@ class Work:
     task: Task
     sources: TargetSources
     device: torch.device
-    a: RegionWriter
-    b: RegionWriter
     each: Each
     """Goes over parts of the target, several at once where the task has the cores."""
+    team: Team | None = None
+    """Who has the panels, where several workers share the target."""
+
+    def over(self, part: Part, here: Callable[[], Any], count: int) -> Over:
+        """Return the panels of a part of the target, wherever they are.
+
+        Args:
+            part: which one.
+            here: returns it, if it is to be worked on in this process.
+            count: its tiles, or groups.
+        """
+        if self.team is not None:
+            return self.team.over(part, count)
+        return Here(here(), count, self.each)
 
     @property
     def stack_weights(self) -> list[float]:
