@@ -310,6 +310,30 @@ def peak_of(pid: int) -> int:
     return int(text.split("VmHWM:")[1].split()[0]) * 1024
 
 
+def test_a_worker_keeps_nothing_of_a_merge(tmp_path: Path) -> None:
+    """A second plan finds the process as the first one did, and other work its memory."""
+    layers = {"model.big": linear(6000, 5000, 8)}
+    paths = [str(write_adapter(tmp_path / f"in{i}", layers, seed=i)) for i in range(4)]
+    with cluster_of(tmp_path / "cluster", 1) as cluster:
+        chosen = {**options("ties_svd"), "max_memory": "700MiB"}
+        results = [
+            streammerge.merge(
+                paths, tmp_path / "out", scheduler=cluster.address, overwrite=True, **chosen
+            )
+            for _ in range(2)
+        ]
+        left = resident(cluster.workers[0].pid)
+    first, second = (result.plan.reserved_bytes for result in results)
+    assert second <= first + 32 * MIB
+    assert left <= first + 32 * MIB
+
+
+def resident(pid: int) -> int:
+    """VmRSS of a process, in bytes."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(text.split("VmRSS:")[1].split()[0]) * 1024
+
+
 @pytest.mark.usefixtures("sharing")
 def test_members_of_two_threads(sources: list[str], tmp_path: Path) -> None:
     streammerge.merge(sources[:5], tmp_path / "serial", workers=1, **options("ties_svd"))

@@ -34,6 +34,7 @@ from streammerge.worker import (
     Receipt,
     find_device,
     fingerprint,
+    give_back,
     measure_process,
     one_thread_each,
     run_task,
@@ -259,6 +260,7 @@ def run_tasks(
         raise
     finally:
         job.files.close()
+        give_back()
     return str(part), receipts
 
 

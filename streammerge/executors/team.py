@@ -35,6 +35,7 @@ from streammerge.worker import (
     Part,
     Receipt,
     TaskStoppedError,
+    give_back,
     one_thread_each,
     packed,
     run_task,
@@ -238,6 +239,7 @@ class _Seat:
         if self._member is not None and path in (None, self._path):
             self._member.close()
             self._member = None
+            give_back()
 
 
 _SEATS: dict[str, _Seat] = {}
