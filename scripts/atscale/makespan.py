@@ -27,7 +27,7 @@ SELECTION_STEPS = 2
 """Rounds in which workers would add up histograms for thresholds, before the passes."""
 
 TEAMS = (1, 2, 4, 8, PANELS)
-"""Workers on one target, where targets are split. Sums are taken inside 16 panels and then over
+"""Workers on one target, where targets are shared. Sums are taken inside 16 panels and then over
 them, so more could not take part without other bytes."""
 
 
@@ -127,7 +127,7 @@ def project(plan: Plan, rates: Rates, terms: Terms, workers: int, team: int = 1)
 
 
 def best(plan: Plan, rates: Rates, terms: Terms, workers: int) -> Projection:
-    """Return how long a plan takes where targets are split, over as many workers as suits it."""
+    """Return how long a plan takes where targets are shared, over as many workers as suits it."""
     can_split = any(splits(task, PANELS) for task in plan.tasks)
     teams = [team for team in TEAMS if team == 1 or (can_split and team <= workers)]
     return min(
@@ -139,7 +139,7 @@ def best(plan: Plan, rates: Rates, terms: Terms, workers: int) -> Projection:
 def load(bundle: Sequence[Task], rates: Rates, terms: Terms, team: int) -> Load:
     """Return what a bundle asks of a team of workers, and of what is shared."""
     written = sum(task.write_bytes for task in bundle)
-    # A split target is a task for each member and one that adds up, in each step.
+    # A shared target is a task for each member and one that adds up, in each step.
     nodes = sum(steps(task) * (team + 1) if splits(task, team) else 0 for task in bundle)
     return Load(
         compute=sum(seconds(task, rates, terms, team) for task in bundle),

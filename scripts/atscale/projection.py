@@ -85,7 +85,7 @@ def _case(measured: Measured) -> str:
     case, plan, rates, terms = measured.case, measured.plan, measured.rates, measured.terms
     stages, small = measured.stages, measured.small
     whole = [project(plan, rates, terms, workers) for workers in WORKERS]
-    split = [best(plan, rates, terms, workers) for workers in WORKERS]
+    shared = [best(plan, rates, terms, workers) for workers in WORKERS]
     route = small.tasks[0].route
     facts = (
         f"{len(plan.tasks):,} targets, {case.adapters:,} adapters of rank {case.rank}; reads "
@@ -99,8 +99,8 @@ def _case(measured: Measured) -> str:
         f"and {1e6 * terms.submit_seconds:.0f} µs a target."
     )
     parts = [f"## {case.name}, {case.method}", facts, _table(whole)]
-    if any(projection.team > 1 for projection in split):
-        parts += ["Were targets split:", _table(split, split=True)]
+    if any(projection.team > 1 for projection in shared):
+        parts += ["Where targets are shared:", _table(shared, shared=True)]
     return "\n\n".join(parts)
 
 
@@ -118,7 +118,7 @@ def check_like(plan: Plan, small: Plan) -> None:
                 raise ValueError(f"{task.target}: {task.route}, {task.factors} of {sources} held")
 
 
-def _table(projections: Sequence[Projection], *, split: bool = False) -> str:
+def _table(projections: Sequence[Projection], *, shared: bool = False) -> str:
     first = projections[0].seconds
     rows: list[list[Any]] = []
     for projection in projections:
@@ -131,8 +131,8 @@ def _table(projections: Sequence[Projection], *, split: bool = False) -> str:
             projection.bound,
             f"{projection.bounds[projection.bound] / projection.seconds:.0%}",
         ]
-        rows.append([*row, projection.team] if split else row)
-    return table(HEADS + SPLIT if split else HEADS, rows)
+        rows.append([*row, projection.team] if shared else row)
+    return table(HEADS + SPLIT if shared else HEADS, rows)
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,1 @@
+"""Merges under which the file system fails."""
