@@ -273,13 +273,13 @@ def merge(
             write_timings(staging.path, timings, seconds)
             staging.publish()
     tell(events.Published(os.fspath(output), planned.write_bytes))
-    late = _late_notices(modules)
+    late = [*_missed(modules), *(f"{left}; the next merge clears up" for left in staging.left)]
     for notice in late:
         tell(events.Notice(notice))
     return MergeResult(Path(output), planned, modules, (*planned.notices, *late), seconds)
 
 
-def _late_notices(modules: Sequence[ModuleReport]) -> list[str]:
+def _missed(modules: Sequence[ModuleReport]) -> list[str]:
     missed = [module.target for module in modules if not module.converged]
     if not missed:
         return []

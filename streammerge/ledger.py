@@ -61,7 +61,7 @@ class Ledger:
         return [(n, f"{total:032x}") for n, total in zip(self._counts, self._sums, strict=True)]
 
     def _keep(self, task: Task, receipt: Receipt) -> None:
-        positions = self._plan.sources.adapter[task.first : task.last]
+        positions = self._plan.sources.adapter[task.first : task.last].tolist()
         for position, digest in zip(positions, receipt.inputs, strict=True):
             # A sum, for targets finish in any order; and what was added need not be kept.
             self._sums[position] = (self._sums[position] + int(digest, 16)) % _MODULUS

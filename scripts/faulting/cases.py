@@ -140,7 +140,9 @@ class Bench:
     def _prepare(self, merge: Merge) -> Path:
         """Return an output's name, with an earlier output if there is to be one."""
         out = self._place / "out"
-        shutil.rmtree(out, ignore_errors=True)
+        for path in self._place.iterdir():
+            if path not in self._inputs:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         if merge.over_another:
             other = Merge("cat" if merge.method != "cat" else "svd", "mmap", 1, over_another=False)
             assert self._run(other, out, {}).returncode == 0

@@ -19,6 +19,8 @@ import xxhash
 
 from streammerge.errors import StorageError
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+
 _DIGEST = 32
 """Characters of a checksum."""
 
@@ -86,13 +88,12 @@ class Journal:
         """
         line = _line(entry)
         try:
-            written = os.write(self._descriptor, line)
+            while line:
+                line = line[os.write(self._descriptor, line) :]
         except OSError as error:
             raise StorageError(
                 f"cannot be written ({error.strerror})", path=str(self.path)
             ) from error
-        if written != len(line):
-            raise StorageError("a line was cut short; is the disk full?", path=str(self.path))
         self.entries += 1
 
     def close(self) -> None:
@@ -109,7 +110,7 @@ class Journal:
 
 
 def _line(value: dict[str, Any]) -> bytes:
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+    text = _ENCODER.encode(value).encode()
     return xxhash.xxh3_128_hexdigest(text).encode() + b" " + text + b"\n"
 
 

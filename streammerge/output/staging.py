@@ -14,6 +14,7 @@ import fcntl
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -111,6 +112,8 @@ class Staging:
         self._lock = -1
         self._is_ours = False
         """Whether it is settled that what lies there is gone on with, or dropped."""
+        self.left: list[str] = []
+        """What should have been removed at the end, and could not be."""
 
     def __enter__(self) -> Self:
         try:
@@ -148,11 +151,21 @@ class Staging:
                     f"{self.journal.entries} targets are done and kept; --resume goes on"
                 )
         else:
-            self._discard()
+            self._clear(self._discard)
         # Removed while it is held: who has opened it meanwhile finds that it is another file.
-        lock_path(self.output).unlink(missing_ok=True)
+        self._clear(lambda: lock_path(self.output).unlink(missing_ok=True))
         os.close(self._lock)
         self._lock = -1
+        if isinstance(error, StreammergeError):
+            for left in self.left:
+                error.add_note(left)
+
+    def _clear(self, remove: Callable[[], None]) -> None:
+        """Remove something at the end; that it cannot be undoes nothing of what was done."""
+        try:
+            remove()
+        except OSError as error:
+            self.left.append(f"{error.filename}: cannot be removed ({error.strerror})")
 
     def publish(self) -> None:
         """Make the staging directory the output, in one rename, or one exchange with an earlier.
@@ -196,7 +209,8 @@ class Staging:
         # The journal first: without its directory it is of no use, nor the other way round.
         self.journal.remove()
         for left in (self._aside, self.path):
-            shutil.rmtree(left, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(left)
 
     def _restore(self) -> None:
         """Give an earlier output its name back, if a run was killed between two renames, or remove

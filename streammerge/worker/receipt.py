@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -36,7 +36,8 @@ class Receipt:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON holds it; `from_dict` takes it back."""
-        return asdict(self)
+        certificate = None if self.certificate is None else vars(self.certificate)
+        return {**vars(self), "certificate": certificate}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Receipt:
