@@ -4,7 +4,9 @@ that is too small."""
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +15,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
-from faulting.cases import SHORT, Bench, Fault, Merge
-from making import linear, write_adapter
+import streammerge
+from faulting.cases import SAME, SHORT, Bench, Fault, Merge
+from making import WEIGHTS, linear, write_adapter
+from streammerge import errors, events
 
 PLAIN = Merge("ties_svd", "pread", 1, over_another=False)
 OVER = Merge("linear", "mmap", 2, over_another=True)
@@ -91,3 +95,54 @@ def test_a_disk_that_holds_the_output_does(small_disk: Path) -> None:
     said = merged_on(small_disk, "4m")
     assert "exit code 0" in said
     assert [path.name for path in (small_disk / "kept").iterdir()] == ["out"]
+
+
+CUT = """
+import os, sys
+import streammerge
+from streammerge.worker.factors import FactorReader
+
+victim, out, io, *paths = sys.argv[1:]
+read, seen = FactorReader._read, []
+
+def cut_after(reader, start, stop):
+    window = read(reader, start, stop)
+    if reader.factor.file.path == victim:
+        seen.append(reader.factor.key)
+        if len(set(seen)) == 5:
+            os.truncate(victim, 200)
+    return window
+
+FactorReader._read = cut_after
+streammerge.merge(paths, out, method="linear", io=io, workers=1)
+"""
+
+
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+def test_an_input_is_cut_short_while_it_is_read(io: str, tmp_path: Path) -> None:
+    """A map of it is a death that no process survives, and what was done is gone on with once the
+    input is as it was; a read is an error, after which nothing is kept."""
+    layers = {f"model.{i}": linear(300, 400, 8) for i in range(6)}
+    paths = [str(write_adapter(tmp_path / f"in{i}", layers, seed=i)) for i in range(2)]
+    streammerge.merge(paths, tmp_path / "undisturbed", method="linear", workers=1)
+    victim = Path(paths[1]) / WEIGHTS
+    whole, status = victim.read_bytes(), victim.stat()
+    arguments = [sys.executable, "-c", CUT, str(victim), str(tmp_path / "out"), io, *paths]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert not (tmp_path / "out").exists()
+    if io == "mmap":
+        assert done.returncode == -signal.SIGBUS
+    else:
+        assert done.returncode == 1
+        assert "during the run" in done.stderr
+    with pytest.raises(errors.StreammergeError):
+        streammerge.merge(paths, tmp_path / "out", method="linear", resume=True)
+    with victim.open("r+b") as stream:
+        stream.write(whole)
+    os.utime(victim, ns=(status.st_atime_ns, status.st_mtime_ns))
+    heard: list[events.Event] = []
+    streammerge.merge(paths, tmp_path / "out", method="linear", resume=True, on_event=heard.append)
+    assert any(isinstance(event, events.Resumed) for event in heard) == (io == "mmap")
+    for name in SAME:
+        made, expected = ((tmp_path / out / name).read_bytes() for out in ("out", "undisturbed"))
+        assert made == expected

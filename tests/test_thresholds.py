@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from streammerge.kernels import thresholds
 from streammerge.kernels.each import Here
 from streammerge.kernels.thresholds import Stream, find_threshold
+from streammerge.spaces.delta import delta_sample, delta_tile
 from streammerge.tiling import panels, split
 
 
@@ -114,3 +115,15 @@ def test_a_threshold_that_is_not_finite_is_refused(value: str) -> None:
     stream = stream_of(torch.full((100,), float(value)), 10)
     with pytest.raises(FloatingPointError, match="not finite"):
         find_threshold(stream, 0.5, whole(stream))
+
+
+def test_a_sample_of_a_small_delta_is_all_of_it() -> None:
+    """And a sample of a large one comes by every row and column."""
+    rng = torch.Generator().manual_seed(0)
+    b, a = torch.randn(12, 3, generator=rng), torch.randn(3, 20, generator=rng)
+    dense = (b @ a * 0.5).reshape(-1)
+    whole_tile = delta_tile(b, a, 0.5, torch.empty(12, 20)).view(-1)
+    assert torch.equal(delta_sample(b, a, 0.5, 240), whole_tile)
+    some = delta_sample(b, a, 0.5, 120)
+    assert len(some) == 120
+    assert all(torch.isclose(dense, value).any() for value in some)
