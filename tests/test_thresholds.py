@@ -122,7 +122,7 @@ def test_a_sample_of_a_small_delta_is_all_of_it() -> None:
     rng = torch.Generator().manual_seed(0)
     b, a = torch.randn(12, 3, generator=rng), torch.randn(3, 20, generator=rng)
     dense = (b @ a * 0.5).reshape(-1)
-    whole_tile = delta_tile(b, a, 0.5, torch.empty(12, 20)).view(-1)
+    whole_tile = delta_tile(b, a, 0.5, out=torch.empty(12, 20)).view(-1)
     assert torch.equal(delta_sample(b, a, 0.5, 240), whole_tile)
     some = delta_sample(b, a, 0.5, 120)
     assert len(some) == 120
