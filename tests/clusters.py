@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,13 +19,15 @@ PATIENCE = 60
 class LocalCluster:
     """A scheduler on loopback, and workers that are started, and killed, one by one."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, security: Sequence[str] = ()) -> None:
+        """Start the scheduler; `security` are the options of dask for TLS."""
         self.folder = folder
+        self._security = security
         self.file = folder / "scheduler.json"
         self.workers: list[subprocess.Popen[bytes]] = []
         self._logs = 0
         self.scheduler = self._start(
-            "scheduler", "--host", LOOPBACK, "--port", "0",
+            "scheduler", "--host", f"{'tls://' if security else ''}{LOOPBACK}", "--port", "0",
             "--dashboard-address", f"{LOOPBACK}:0", "--scheduler-file", str(self.file),
         )  # fmt: skip
         # It is there before it is written.
@@ -57,7 +59,7 @@ class LocalCluster:
         self._logs += 1
         with (self.folder / f"{self._logs}-{kind}.log").open("wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "dask", kind, *arguments],
+                [sys.executable, "-m", "dask", kind, *arguments, *self._security],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -65,10 +67,10 @@ class LocalCluster:
 
 
 @contextmanager
-def cluster_of(folder: Path, workers: int) -> Iterator[LocalCluster]:
+def cluster_of(folder: Path, workers: int, security: Sequence[str] = ()) -> Iterator[LocalCluster]:
     """Have a cluster with so many workers of one thread each, as long as the block lasts."""
     folder.mkdir()
-    cluster = LocalCluster(folder)
+    cluster = LocalCluster(folder, security)
     try:
         for _ in range(workers):
             cluster.add_worker()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import dask
 import numpy as np
 import psutil
 import pytest
@@ -518,6 +520,45 @@ def test_the_command_line(sources: list[str], three: LocalCluster, tmp_path: Pat
     refused = CliRunner().invoke(main, [*arguments[:-1], "nowhere.json", "--overwrite"])
     assert refused.exit_code == 2
     assert "nowhere.json" in refused.output
+
+
+def test_a_cluster_with_keys(sources: list[str], tmp_path: Path) -> None:
+    """tls://, with a certificate that all share, from dask's own configuration."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a key")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+         "-subj", "/CN=streammerge", "-keyout", str(key), "-out", str(certificate)],
+        check=True,
+        capture_output=True,
+    )  # fmt: skip
+    streammerge.merge(sources, tmp_path / "serial", workers=1)
+    security = ["--tls-ca-file", str(certificate), "--tls-cert", str(certificate)]
+    with cluster_of(tmp_path / "cluster", 1, [*security, "--tls-key", str(key)]) as cluster:
+        assert cluster.address.startswith("tls://")
+        stranger = [sys.executable, "-c", STRANGER, cluster.address, *sources]
+        refused = subprocess.run(stranger, capture_output=True, text=True, check=False)
+        assert "ClusterError" in refused.stderr
+        with dask.config.set(
+            {
+                "distributed.comm.tls.ca-file": str(certificate),
+                "distributed.comm.tls.client.cert": str(certificate),
+                "distributed.comm.tls.client.key": str(key),
+            }
+        ):
+            streammerge.merge(sources, tmp_path / "out", scheduler=cluster.address)
+    assert files(tmp_path / "out") == files(tmp_path / "serial")
+
+
+STRANGER = """
+import sys
+import streammerge
+from streammerge.executors import workers
+
+workers.CONNECT_SECONDS = 3
+streammerge.plan(sys.argv[2:], scheduler=sys.argv[1])
+"""
 
 
 def test_relative_paths_are_the_callers(
