@@ -213,14 +213,17 @@ def merge(
         MergeFailedError: during the work; nothing lies at the output's name. Where `resumable`,
             what was done is kept.
         StoppedError: at the time limit; what is done is kept.
-        KeyboardInterrupt: at a signal; what is done is kept.
+        PublishedError: with `resume`, the output is there already, made by this very merge, which
+            was killed while it cleared up.
+        KeyboardInterrupt: at a signal; what is done is kept. None once the output is published.
     """
     began = time.perf_counter()
     deadline = math.inf
     if time_limit is not None:
         deadline = time.monotonic() + parse_duration(time_limit, option="time_limit")
     tell = on_event or _warn
-    check_output(Path(output), overwrite=overwrite)
+    if not resume:
+        check_output(Path(output), overwrite=overwrite)
     recipe = make_recipe(
         adapters,
         method=method,
@@ -240,6 +243,10 @@ def merge(
         strict_base=strict_base,
         max_shard_size=max_shard_size,
     )
+    if resume:
+        # Before anything is read: the output may be one of the inputs.
+        Staging(Path(output)).settle(recipe.to_dict())
+        check_output(Path(output), overwrite=overwrite)
     with open_cluster(scheduler) as cluster:
         planned, manifests = prepare(
             recipe,

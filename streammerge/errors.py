@@ -25,8 +25,10 @@ StreammergeError
 │   ├── MemoryExhaustedError     an allocation failed although the plan fitted the budget
 │   ├── WorkerError              a cluster or a worker of it was lost, or is not like the others
 │   ├── InputChangedError        an input file is not the one that was planned with
+│   ├── InputUnreadableError     an input file could not be read during the run
 │   └── StorageError             the output could not be written
 ├── StoppedError                 at the time limit; what is done is kept; exit code 75
+├── PublishedError               what was to be gone on with is done; exit code 0
 └── VerificationError            an output's bytes are not those that were recorded; exit code 1
 """
 
@@ -412,11 +414,23 @@ class WorkerError(MergeFailedError):
 class InputChangedError(MergeFailedError):
     """An input file is not the one that was planned with.
 
+    Once it is back as it was, the merge can be gone on with.
+
     Attributes:
         path: the file.
     """
 
-    resumable = False
+    def __init__(self, message: str, *, path: str) -> None:
+        super().__init__(f"{path}: {message}")
+        self.path = path
+
+
+class InputUnreadableError(MergeFailedError, OSError):
+    """An input file could not be read during the run.
+
+    Attributes:
+        path: the file.
+    """
 
     def __init__(self, message: str, *, path: str) -> None:
         super().__init__(f"{path}: {message}")
@@ -432,6 +446,25 @@ class StorageError(MergeFailedError, OSError):
 
     def __init__(self, message: str, *, path: str) -> None:
         super().__init__(f"{path}: {message}")
+        self.path = path
+
+
+class PublishedError(StreammergeError):
+    """The merge that was to be gone on with has been published: nothing is left to do.
+
+    It was killed while it cleared up, which has been done now.
+
+    Attributes:
+        path: the output.
+    """
+
+    exit_code = 0
+
+    def __init__(self, *, path: str) -> None:
+        super().__init__(
+            f"{path}: is what this merge has made; it was only cut off while it cleared up, which "
+            "has been done now"
+        )
         self.path = path
 
 

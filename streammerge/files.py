@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from streammerge.errors import CorruptFileError
+
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading.
@@ -33,3 +35,27 @@ def read_whole(path: Path, limit: int) -> bytes:
         if size > limit:
             raise OSError(errno.EFBIG, f"it has {size} bytes, and {limit} are the limit", str(path))
         return stream.read(limit)
+
+
+def check_inside(path: Path) -> None:
+    """Check that a file lies in its directory, and is not a link to somewhere else.
+
+    The Hub's cache is the exception: its snapshots are links to the blobs of the same repository.
+
+    Raises:
+        CorruptFileError: it is one.
+    """
+    try:
+        real, home = path.resolve(), path.parent.resolve()
+    except (OSError, RuntimeError):
+        return  # a loop of links, which cannot be opened either
+    blobs = real.parent
+    if real.is_relative_to(home) or (
+        blobs.name == "blobs" and blobs.with_name("snapshots") in home.parents
+    ):
+        return
+    raise CorruptFileError(
+        f"is a link to {real}, out of the adapter's directory; copy the file, or name the "
+        "directory that it lies in",
+        path=str(path),
+    )

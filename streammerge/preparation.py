@@ -92,14 +92,16 @@ def prepare(
         )
 
     planned = _choose(plan_on, found) if device == AUTO else plan_on(found)
+    needs = []
     if output is not None:
         # On a cluster parts lie beside the output until they are sealed into it.
         copies = 1 if cluster is None else 2
         # What an unfinished run has allocated is gone on with, or removed.
         needed = copies * planned.write_bytes - allocated_bytes(staging_path(Path(output)))
-        check_space(os.fspath(Path(output).resolve().parent), needed)
+        needs.append((os.fspath(Path(output).resolve().parent), needed))
     if place is not None:
-        check_space(place, size * planned.scratch_bytes)
+        needs.append((place, size * planned.scratch_bytes))
+    check_space(needs)
     return planned, manifests
 
 

@@ -25,6 +25,9 @@ LONG = 128
 MAX_DEPTH = 40
 """Groups in groups."""
 
+MAX_STEPS = 10**7
+"""Places that are gone through at most for all texts of an expression: some ten seconds."""
+
 Places = frozenset[int]
 Nodes = Iterable[tuple[Any, Any]]
 """A parsed expression: what follows one another, each with its arguments."""
@@ -37,9 +40,12 @@ _CHARACTERS = (sre.LITERAL, sre.NOT_LITERAL, sre.ANY, sre.IN)
 def compile_matcher(expression: str) -> Callable[[str], bool]:
     """Return the function that says whether a text matches from its start, as `re.match` does.
 
+    It raises `re.error` when its texts have taken MAX_STEPS.
+
     Raises:
         re.error: not a regular expression, or one that cannot be matched in bounded time.
     """
+    meter = Meter()
     try:
         with warnings.catch_warnings():
             # About sets that may be meant otherwise; PEFT takes them as they are.
@@ -53,7 +59,7 @@ def compile_matcher(expression: str) -> Callable[[str], bool]:
     def matches(text: str) -> bool:
         if regex is not None and len(text) <= LONG:
             return regex.match(text) is not None
-        return bool(_Walk(text).after_all(nodes, frozenset((0,))))
+        return bool(_Walk(text, meter).after_all(nodes, frozenset((0,))))
 
     return matches
 
@@ -95,11 +101,29 @@ def _power(ways: float, times: int) -> float:
         return math.inf
 
 
+class Meter:
+    """Counts the steps that an expression takes."""
+
+    def __init__(self) -> None:
+        self._left = MAX_STEPS
+
+    def spend(self, steps: int) -> None:
+        """Take some.
+
+        Raises:
+            re.error: there are no more.
+        """
+        self._left -= steps
+        if self._left < 0:
+            raise re.error("it takes too long on the names that it is matched with")
+
+
 class _Walk:
     """One text, and where its parts may end, each found once."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, meter: Meter) -> None:
         self._text = text
+        self._meter = meter
         self._known: dict[tuple[int, int], Places] = {}
 
     def after_all(self, nodes: Nodes, places: Places) -> Places:
@@ -107,7 +131,9 @@ class _Walk:
         for node in nodes:
             if not places:
                 break
-            places = frozenset().union(*(self._after(node, place) for place in places))
+            found = [self._after(node, place) for place in places]
+            self._meter.spend(sum(map(len, found), len(found)))
+            places = frozenset().union(*found)
         return places
 
     def _after(self, node: tuple[Any, Any], place: int) -> Places:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,15 @@ def identity(
 
 
 def _courses(plan: Plan) -> str:
-    """Return a checksum of how each target is merged and where its tensors lie."""
-    digest = xxhash.xxh3_128()
+    """Return a checksum of how each target is merged, from what, and where its tensors lie."""
+    digest, sources = xxhash.xxh3_128(), plan.sources
     for task in plan.tasks:
         course = (task.target, task.m, task.n, task.rank, task.route, task.block, task.passes)
         digest.update(repr((course, task.a, task.b)).encode())
+        # What an adapter's config says: its file may have been edited.
+        for column in (sources.adapter, sources.scaling):
+            digest.update(column[task.first : task.last].tobytes())
+    digest.update(json.dumps(plan.config, sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -78,7 +83,10 @@ def _changes(before: dict[str, Any], now: dict[str, Any], *, mixed_hardware: boo
             f"{now['fingerprint']}, which rounds otherwise; mixed_hardware allows it"
         )
     if before["courses"] != now["courses"]:
-        yield "the targets, their shapes or the layout of the output are others"
+        yield (
+            "the targets, their shapes, what the adapters' configs say of them, or the layout of "
+            "the output are others"
+        )
 
 
 def _as_json(value: Any) -> Any:
@@ -86,7 +94,11 @@ def _as_json(value: Any) -> Any:
 
 
 def take_back(
-    plan: Plan, unfinished: Unfinished, directory: Path, starts: Sequence[int]
+    plan: Plan,
+    unfinished: Unfinished,
+    directory: Path,
+    starts: Sequence[int],
+    check: Callable[[], None],
 ) -> Iterator[tuple[Task, Receipt]]:
     """Yield the tasks that are done, as their regions show that are read back, with receipts.
 
@@ -95,10 +107,12 @@ def take_back(
         unfinished: what its journal says.
         directory: where the output's files lie.
         starts: where each of these files' data begin.
+        check: called now and then; raises when the run is to stop.
     """
     tasks = {task.target: task for task in plan.tasks}
     with RegionReader(directory, [file.name for file in plan.files], starts) as reader:
         for entry in unfinished.entries():
+            check()
             receipt = Receipt.from_dict(entry)
             if _reads_back(reader, tasks[receipt.target], receipt):
                 yield tasks.pop(receipt.target), receipt

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from streammerge import events
 from streammerge.adapter import Adapter
-from streammerge.errors import StoppedError
+from streammerge.errors import StoppedError, StorageError, StreammergeError
 from streammerge.executors.serial import run_serial
 from streammerge.finish import ModuleReport, finish
 from streammerge.ledger import Ledger
 from streammerge.output.journal import Unfinished
 from streammerge.output.staging import Staging
-from streammerge.output.writer import allocate, reopen
+from streammerge.output.writer import allocate, forget, reopen
 from streammerge.plans import Plan, Task
 from streammerge.resume import check_same, identity, take_back
 from streammerge.worker import Job, Receipt, TaskStoppedError, fingerprint
@@ -62,13 +61,14 @@ def run_plan(
         before = unfinished.identity
         check_same(staging.output, before, now, mixed_hardware=mixed_hardware)
         found = now["fingerprint"] = _both(before["fingerprint"], found)
-    starts, kept = _open_files(plan, directory, unfinished)
+    starts, reopened = _open_files(plan, staging)
     if cluster is not None:
         cluster.check_files(plan, adapters, directory)
     ledger = Ledger(plan, staging.journal)
-    ledger.begin(now, kept)
     job = Job(plan, adapters, directory, starts, deadline)
     try:
+        taken = take_back(plan, reopened, directory, starts, job.check_time) if reopened else ()
+        ledger.begin(now, taken)
         _execute(job, ledger, tell, cluster)
         reports = finish(
             plan, adapters, directory, starts, ledger, fingerprint=found, check=job.check_time
@@ -76,21 +76,27 @@ def run_plan(
     except TaskStoppedError as error:
         done, targets = len(plan.tasks) - len(ledger.unfinished), len(plan.tasks)
         raise StoppedError("the time limit is over", done=done, targets=targets) from error
+    except OSError as error:
+        if isinstance(error, StreammergeError):
+            raise
+        # What nobody foresaw, such as a limit of open files that is reached anywhere.
+        raise StorageError(f"{error.strerror}", path=str(error.filename or directory)) from error
     finally:
         job.files.close()
     return ledger.receipts, reports
 
 
-def _open_files(
-    plan: Plan, directory: Path, unfinished: Unfinished | None
-) -> tuple[tuple[int, ...], Iterable[tuple[Task, Receipt]]]:
-    """Return where each output file's data begin, and what is done of an unfinished run."""
+def _open_files(plan: Plan, staging: Staging) -> tuple[tuple[int, ...], Unfinished | None]:
+    """Return where each output file's data begin, and the unfinished run that wrote to them."""
     regions = [region for task in plan.tasks for region in (task.a, task.b)]
-    if unfinished is not None:
-        starts = reopen(directory, plan.files, regions, plan.dtype)
+    if staging.unfinished is not None:
+        starts = reopen(staging.path, plan.files, regions, plan.dtype)
         if starts is not None:
-            return starts, take_back(plan, unfinished, directory, starts)
-    return allocate(directory, plan.files, regions, plan.dtype), ()
+            for file in plan.files:
+                forget(staging.path / file.name)
+            return starts, staging.unfinished
+        staging.journal.entries = 0  # what they speak of is gone
+    return allocate(staging.path, plan.files, regions, plan.dtype), None
 
 
 def _both(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

@@ -526,20 +526,22 @@ def test_a_cluster_with_keys(sources: list[str], tmp_path: Path) -> None:
     """tls://, with a certificate that all share, from dask's own configuration."""
     if shutil.which("openssl") is None:
         pytest.skip("no openssl to make a key")
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
-         "-subj", "/CN=streammerge", "-keyout", str(key), "-out", str(certificate)],
-        check=True,
-        capture_output=True,
-    )  # fmt: skip
+    key, certificate = make_key(tmp_path / "cluster-keys")
     streammerge.merge(sources, tmp_path / "serial", workers=1)
     security = ["--tls-ca-file", str(certificate), "--tls-cert", str(certificate)]
     with cluster_of(tmp_path / "cluster", 1, [*security, "--tls-key", str(key)]) as cluster:
         assert cluster.address.startswith("tls://")
+        # With a key that the cluster's authority has not signed.
+        other = make_key(tmp_path / "stranger")
         stranger = [sys.executable, "-c", STRANGER, cluster.address, *sources]
-        refused = subprocess.run(stranger, capture_output=True, text=True, check=False)
+        prefix = "DASK_DISTRIBUTED__COMM__TLS__"
+        environ = {"CA_FILE": certificate, "CLIENT__CERT": other[1], "CLIENT__KEY": other[0]}
+        refused = subprocess.run(
+            stranger, capture_output=True, text=True, check=False,
+            env={**os.environ, **{prefix + name: str(path) for name, path in environ.items()}},
+        )  # fmt: skip
         assert "ClusterError" in refused.stderr
+        assert "TLS" not in refused.stderr.partition("requires")[2]
         with dask.config.set(
             {
                 "distributed.comm.tls.ca-file": str(certificate),
@@ -549,6 +551,19 @@ def test_a_cluster_with_keys(sources: list[str], tmp_path: Path) -> None:
         ):
             streammerge.merge(sources, tmp_path / "out", scheduler=cluster.address)
     assert files(tmp_path / "out") == files(tmp_path / "serial")
+
+
+def make_key(folder: Path) -> tuple[Path, Path]:
+    """Return a new key, and a certificate that it has signed itself."""
+    folder.mkdir()
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+         "-subj", "/CN=streammerge", "-keyout", str(key), "-out", str(certificate)],
+        check=True,
+        capture_output=True,
+    )  # fmt: skip
+    return key, certificate
 
 
 STRANGER = """

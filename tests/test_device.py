@@ -206,14 +206,19 @@ def test_what_is_not_finite_is_found_on_a_device(method: str, value: bytes, tmp_
         run_serial(job, job.plan.tasks, lambda _, __: None)
 
 
-def test_pinned_memory_is_used_again_when_the_device_has_taken_it() -> None:
+def test_pinned_memory_is_used_again_when_the_device_has_taken_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the stream of that device says, which need not be the process's own."""
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: f"of {device}")
     said: list[str] = []
 
     class Event:
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def record(self) -> None:
+        def record(self, stream: str) -> None:
+            assert stream == "of cpu"
             said.append(f"{self.name} sent")
 
         def synchronize(self) -> None:
@@ -298,7 +303,7 @@ def test_a_gpu_agrees_with_the_cpu(method: str, tmp_path: Path) -> None:
 def test_auto_is_the_cpu_without_an_accelerator(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
     adapter = write_adapter(tmp_path / "in", LAYERS)
     made = plan([adapter], device="auto", max_vram="1GiB")
     assert made.device == "cpu"

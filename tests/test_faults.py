@@ -37,6 +37,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         (PLAIN, Fault("fsync", 1, errno.EIO, lasting=False), "failed"),
         (PLAIN, Fault("write", 9, errno.ENOSPC, lasting=True), "failed"),
         (PLAIN, Fault("write", 1, SHORT, lasting=True), "unnoticed"),
+        (PLAIN, Fault("open", 29, errno.EMFILE, lasting=True), "failed"),
         (PLAIN, Fault("read", 1, SHORT, lasting=True), "unnoticed"),
         (OVER, Fault("rename", 2, errno.EIO, lasting=False), "failed"),
         (OVER, Fault("unlink", 3, errno.EPERM, lasting=True), "unnoticed"),

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 
 import streammerge
 from making import CONFIG, INDEX, PREFIX, WEIGHTS, encode, frame, linear, write_adapter
-from streammerge import errors, events
-from streammerge.regular import FEW_WAYS, LONG, _parser, _Walk, _ways, compile_matcher
+from streammerge import errors, events, regular
+from streammerge.readers import header
+from streammerge.regular import FEW_WAYS, LONG, Meter, _parser, _Walk, _ways, compile_matcher
 from streammerge.tiling import longest, split
 
 ONE = {"up": linear(3, 2, 1)}
@@ -186,7 +187,56 @@ def test_sets_of_places_match_as_re_does(expression: str, text: str) -> None:
             nodes = _parser.parse(f"({expression})$")
     except re.error:
         return
-    assert bool(_Walk(text).after_all(nodes, frozenset((0,)))) == expected
+    assert bool(_Walk(text, Meter()).after_all(nodes, frozenset((0,)))) == expected
+
+
+def test_a_pattern_that_takes_long_on_many_long_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes seconds, and a header of 2 MB has a thousand."""
+    monkeypatch.setattr(regular, "MAX_STEPS", 10**5)
+    layers = {f"{'a.' * 400}{i}": linear(3, 2, 1) for i in range(50)}
+    path = write_adapter(tmp_path / "in", layers, rank_pattern={".*.*.*z": 1})
+    with in_time(), pytest.raises(errors.CorruptFileError, match="takes too long"):
+        streammerge.open_adapter(path)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_links_out_of_the_directory_are_not_followed(name: str, tmp_path: Path) -> None:
+    private = write_adapter(tmp_path / "private", ONE, seed=1)
+    path = write_adapter(tmp_path / "in", ONE, seed=2)
+    (path / name).unlink()
+    (path / name).symlink_to(Path("..") / "private" / name)
+    with pytest.raises(errors.CorruptFileError, match="link"):
+        streammerge.open_adapter(path)
+    (path / name).unlink()
+    (private / name).rename(path / "another")
+    (path / name).symlink_to("another")
+    assert len(streammerge.open_adapter(path)) == 1
+
+
+@pytest.mark.parametrize("folder", [".", "sub"])
+def test_the_links_of_the_hubs_cache_are(folder: str, tmp_path: Path) -> None:
+    made = write_adapter(tmp_path / "made", ONE)
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "a1" / folder
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in made.iterdir():
+        file.rename(blobs / f"of-{file.name}")
+        up = "../" * len(snapshot.relative_to(tmp_path / "hub").parts)
+        (snapshot / file.name).symlink_to(f"{up}blobs/of-{file.name}")
+    assert len(streammerge.open_adapter(snapshot)) == 1
+
+
+def test_a_header_of_more_than_any_adapter_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(header, "MAX_QUOTES", 1000)
+    text = json.dumps({"__metadata__": {f"{i}": "" for i in range(300)}}).encode()
+    path = write_adapter(tmp_path / "in", ONE)
+    (path / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(errors.CorruptFileError, match="more than any adapter"):
+        streammerge.open_adapter(path)
 
 
 def test_few_ways_are_left_to_re() -> None:

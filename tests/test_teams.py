@@ -57,7 +57,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture
 def sharing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Targets of a test's size are shared."""
-    monkeypatch.setattr(fit, "TEAM_WORK", 10**7)
+    monkeypatch.setattr(fit, "PASS_WORK", 10**5)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -81,10 +81,13 @@ class Around:
                 self.errands.append(operation.__name__)
                 # Another one each time, as if the one before had been lost.
                 member = self.members[(turn + len(self.errands) // 7) % len(self.members)]
-                results = pickle.loads(pickle.dumps(member.work_on(*sent, self.each)))
+                results = pickle.loads(pickle.dumps(list(member.work_on(*sent, self.each))))
                 yield from (unpacked(result, torch.device("cpu")) for result in results)
 
         return apply
+
+    def part(self) -> None:
+        self.errands.append("part")
 
 
 @pytest.mark.parametrize("method", SHARED)
@@ -156,14 +159,14 @@ def test_few_large_targets_are_shared_and_many_are_not(
     layers = {f"model.{i:02d}": linear(6000, 5000, 4) for i in range(20)}
     paths = [str(write_adapter(tmp_path / f"in{i}", layers, seed=i)) for i in range(2)]
     chosen = {"method": "ties_svd", "density": 0.3, "rank": 64}
-    monkeypatch.setattr(fit, "TEAM_WORK", 10**11)
-    for workers, team in ((1, 1), (2, 1), (3, 3), (8, 8), (64, 16)):
+    monkeypatch.setattr(fit, "PASS_WORK", 10**9)
+    for workers, team in ((1, 1), (2, 1), (3, 3), (8, 8), (64, 14)):  # panels
         plan = planned(paths, workers, memory=4 * 2**30, **chosen)
         assert {task.team for task in plan.tasks} == {team}
-    work = min(task.flops for task in plan.tasks)
-    monkeypatch.setattr(fit, "TEAM_WORK", work + 1)
+    work = min(task.flops // (len(paths) + task.passes) for task in plan.tasks)
+    monkeypatch.setattr(fit, "PASS_WORK", work + 1)
     assert {task.team for task in planned(paths, 3, **chosen).tasks} == {1}
-    monkeypatch.setattr(fit, "TEAM_WORK", work)
+    monkeypatch.setattr(fit, "PASS_WORK", work)
     assert {task.team for task in planned(paths, 3, **chosen).tasks} == {3}
     # Where what is on its way does not fit, nothing is shared.
     tight = planned(paths, 3, memory=plan.reserved_bytes + least(paths, chosen) + MIB, **chosen)

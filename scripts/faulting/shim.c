@@ -181,6 +181,17 @@ int unlink(const char *path) {
     return real(path);
 }
 
+int unlinkat(int folder, const char *path, int flags) {
+    REAL(int, "unlinkat", int, const char *, int);
+    int counted = path[0] == '/' || folder == AT_FDCWD ? below(path) : open_below(folder);
+    if (flags & AT_REMOVEDIR) {
+        FAIL(RMDIR, counted, -1)
+    } else {
+        FAIL(UNLINK, counted, -1)
+    }
+    return real(folder, path, flags);
+}
+
 int rmdir(const char *path) {
     REAL(int, "rmdir", const char *);
     FAIL(RMDIR, below(path), -1)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import os
+import select
 import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
 from typing import Any, NoReturn
 
 import click
@@ -24,8 +27,9 @@ def say(*lines: object) -> None:
 
 
 def remark(text: object) -> None:
-    """Print a line about the run to standard error."""
-    click.echo(printable(text), err=True)
+    """Print a line about the run to standard error; to nobody, where that is closed."""
+    with suppress(OSError):
+        click.echo(printable(text), err=True)
 
 
 def say_json(value: Any) -> None:
@@ -68,51 +72,112 @@ def stopped_by_signals(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        def cut_off() -> None:
-            _report_stopped("stopped", kwargs)
-            sys.stdout.flush()
-            os._exit(STOPPED)
-
         def stop(_signum: int, _frame: object) -> NoReturn:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: cut_off())
-            timer = threading.Timer(GRACE_SECONDS, cut_off)
-            timer.daemon = True
-            timer.start()
+            for number in _SIGNALS:
+                signal.signal(number, lambda *_: None)  # the watch hears of it
             raise KeyboardInterrupt
 
         # A shell has what it starts in the background ignore SIGINT, and that stays so.
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        for number, handler in before.items():
-            if handler is not signal.SIG_IGN:
-                signal.signal(number, stop)
-        try:
-            command(*args, **kwargs)
-        except StoppedError as error:
-            _report_stopped(str(error), kwargs)
-            raise SystemExit(STOPPED) from error
-        except KeyboardInterrupt as error:
-            _report_stopped("stopped", kwargs)
-            raise SystemExit(STOPPED) from error
-        else:
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        with _Watch(lambda: _cut_off(kwargs)):
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if handler is not signal.SIG_IGN:
+                    signal.signal(number, stop)
+            try:
+                command(*args, **kwargs)
+            except StoppedError as error:
+                _report_stopped(str(error), kwargs)
+                raise SystemExit(STOPPED) from error
+            except KeyboardInterrupt as error:
+                _report_stopped("stopped", kwargs)
+                raise SystemExit(STOPPED) from error
+            else:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     return run
 
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class _Watch:
+    """A thread that hears of signals at once; the main one may be in a call that takes minutes."""
+
+    def __init__(self, cut_off: Callable[[], None]) -> None:
+        self._cut_off = cut_off
+        self._ends = os.pipe()
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+
+    def __enter__(self) -> _Watch:
+        told = self._ends[1]
+        os.set_blocking(told, False)
+        self._before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            # Else the process ends, and may still be cut off on its way.
+            signal.set_wakeup_fd(self._before)
+            os.close(self._ends[1])
+
+    def _listen(self) -> None:
+        hears = self._ends[0]
+        stopping = {bytes([number]) for number in _SIGNALS}
+        while (number := os.read(hears, 1)) not in stopping:
+            if not number:
+                return
+        # A second signal, or the end of the command.
+        again, _, _ = select.select([hears], [], [], GRACE_SECONDS)
+        if not again or os.read(hears, 1):
+            self._cut_off()
+
+
+def _cut_off(options: dict[str, Any]) -> NoReturn:
+    """End the process at once, whatever its other threads hold and whether anybody listens."""
+    command = _resuming()
+    said = [(2, f"error: stopped\ngo on with: {command}\n")]
+    if options.get("as_json"):
+        said.append((1, _as_json("Stopped", "stopped", STOPPED, resume=command)))
+    try:
+        for descriptor, text in said:
+            with suppress(OSError):
+                os.set_blocking(descriptor, False)
+                os.write(descriptor, text.encode())
+    finally:
+        os._exit(STOPPED)
+
+
+def _resuming() -> str:
+    """Return the command line that goes on."""
+    words = list(sys.argv[1:])
+    if "--resume" not in words:
+        words.insert(words.index("merge") + 1 if "merge" in words else len(words), "--resume")
+    return shlex.join(["streammerge", *words])
+
+
 def _report_stopped(message: str, options: dict[str, Any]) -> None:
-    words = ["streammerge", *sys.argv[1:]]
-    command = shlex.join(words if "--resume" in words else [*words, "--resume"])
-    _report("Stopped", message, STOPPED, options, resume=command)
-    remark(f"go on with: {command}")
+    _report("Stopped", message, STOPPED, options, resume=_resuming())
+    remark(f"go on with: {_resuming()}")
 
 
 def _report(kind: str, message: str, exit_code: int, options: dict[str, Any], **more: str) -> None:
-    if options.get("as_json"):
-        error = {"type": kind, "message": message, **more}
-        say_json({"error": error, "exit_code": exit_code})
+    with suppress(OSError):  # nobody may listen any more
+        if options.get("as_json"):
+            click.echo(_as_json(kind, message, exit_code, **more), nl=False)
     remark(f"error: {message}")
+
+
+def _as_json(kind: str, message: str, exit_code: int, **more: str) -> str:
+    """Return a line that says for machines what went wrong."""
+    error = {"type": kind, "message": message, **more}
+    return json.dumps({"error": error, "exit_code": exit_code}) + "\n"
 
 
 def table(rows: list[tuple[object, ...]], header: tuple[str, ...]) -> list[str]:

@@ -14,16 +14,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from distributed import Client, as_completed, wait
+from distributed import Client, as_completed
 
 from streammerge.adapter import Adapter
-from streammerge.budget import Budget, Device
+from streammerge.budget import ON_CPU, Budget, Device
 from streammerge.errors import ClusterError, StorageError, WorkerError
 from streammerge.executors import workers
 from streammerge.executors.bundles import bundles, node_name
 from streammerge.executors.parcels import Parcels, anywhere, write_small
 from streammerge.executors.remote import Terms, WorkerFacts, describe, look, run_bundle
-from streammerge.executors.team import lead
+from streammerge.executors.team import lead, tidy_worker, wait_for
 from streammerge.executors.workers import (
     LOST,
     VERSION,
@@ -120,13 +120,15 @@ class Cluster:
             # By name, so that a worker without it says so; a function that it cannot load would
             # end it.
             ask(self._client, pkgutil.resolve_name, "streammerge.executors.remote:describe")
+            ask(self._client, tidy_worker)
             self._workers = list(ask(self._client, describe, device, max_vram).values())
         if not self._workers:
             raise ClusterError(f"no worker has come within {workers.ANSWER_SECONDS} s")
-        # Where some have an accelerator and some have none, the CPU is what all have.
-        least = min(
-            (worker.device for worker in self._workers), key=lambda found: found.allowed_bytes
-        )
+        devices = [worker.device for worker in self._workers]
+        least = min(devices, key=lambda found: found.allowed_bytes)
+        if any(found.name != least.name for found in devices):
+            # Some have another accelerator, or none; the CPU is what all have.
+            least = ON_CPU
         check_alike(self._workers, least.name, mixed=self._mixed)
         return common_budget(self._workers, max_memory), least
 
@@ -192,8 +194,10 @@ class Cluster:
                 team, free = free[: task.team], free[task.team :]
                 future = self._submit(parcels, lead, (task,), team, workers=team)
                 teams[future] = team
-            with suppress(TimeoutError):
-                wait(list(teams), timeout=workers.POLL_SECONDS, return_when="FIRST_COMPLETED")
+            if teams:
+                wait_for(list(teams))
+            else:
+                time.sleep(workers.POLL_SECONDS)
             for future in [future for future in teams if future.done()]:
                 parcels.open(future)
                 del teams[future]

@@ -244,16 +244,13 @@ def run_tasks(
     """
     part = make_part(path.parent, plan.write_bytes)
     plan = replace(plan, files=(OutputFile(part.name, plan.write_bytes),))
-    job = Job(plan, adapters, path.parent, starts=(0,))
+    job = Job(plan, adapters, path.parent, starts=(0,), lease=path)
     receipts = []
     try:
         with one_thread_each():
             for task in plan.tasks:
                 with gate.passed(alone=task.alone):
                     receipts.append(run(job, task))
-                if not path.exists():
-                    # The run is over, and nobody hears of this.
-                    job.stopped.set()
         sync_file(part)
     except BaseException:
         part.unlink(missing_ok=True)

@@ -7,23 +7,22 @@ it that another could not make again, so its panels go to one that is left.
 
 from __future__ import annotations
 
+import pickle
 import threading
-import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
-import numpy as np
 from distributed import Client, Future, Worker, get_worker, wait, worker_client
 
-from streammerge.errors import WorkerError
+from streammerge.errors import StorageError, StreammergeError, WorkerError
 from streammerge.executors.remote import Terms, admit, run_tasks
-from streammerge.executors.workers import LOST, POLL_SECONDS, addresses
+from streammerge.executors.workers import LOST, POLL_SECONDS, running
 from streammerge.kernels.each import Over
 from streammerge.plans import Task
 from streammerge.tiling import Pieces, panels
@@ -43,12 +42,6 @@ from streammerge.worker import (
 )
 
 R = TypeVar("R")
-
-INLINE_BYTES = 2**16
-"""Arguments beyond this size go from worker to worker, and not through the scheduler."""
-
-SEND_ATTEMPTS = 3
-"""How often it is tried to reach all members; those that are found lost are left out."""
 
 
 def lead(path: str, terms: Terms, members: Sequence[str]) -> tuple[str, list[Receipt]]:
@@ -82,7 +75,12 @@ def lead(path: str, terms: Terms, members: Sequence[str]) -> tuple[str, list[Rec
 
 
 class Team:
-    """The workers that share a target, as the one sees them that leads."""
+    """The workers that share a target, as the one sees them that leads.
+
+    What is large lies in files beside the target's plan, which all of them see; only names and
+    small results go through the scheduler. So nothing that dask keeps, drops or copies is waited
+    for.
+    """
 
     def __init__(
         self, client: Client, members: Sequence[str], path: str, terms: Terms, job: Job
@@ -98,7 +96,7 @@ class Team:
         """
         self._client = client
         self._members = list(members)
-        self._path = path
+        self._path = Path(path)
         self._terms = terms
         self._task = job.plan.tasks[0]
         self._job = job
@@ -113,48 +111,45 @@ class Team:
         return apply
 
     def part(self) -> None:
-        """Have all members let go of the target."""
+        """Have all members let go of the target, those that are there."""
         with suppress(*LOST):
-            self._meet()
-            wait([self._submit(member, "leave", leave, self._path) for member in self._members])
+            asked = [(m, self._submit(m, "leave", leave, str(self._path))) for m in self._members]
+            while asked:
+                wait_for([future for _, future in asked])
+                there = running(self._client)
+                asked = [(m, future) for m, future in asked if m in there and not future.done()]
 
     def _pass(
         self, part: Part, whole: list[range], operation: Callable[..., R], args: tuple[Any, ...]
     ) -> Iterator[R]:
-        """Yield operation(part, panel, *args) of all panels, in order.
-
-        They are cut for the planned team, and none of those that are left has more than one share
-        of them in hand: what is on its way was planned like this.
-        """
-        sent = self._send(packed(args))
-        shares = deque(
-            whole[start:stop]
-            for start, stop in Pieces(len(whole), min(self._task.team, len(whole)))
-        )
+        """Yield operation(part, panel, *args) of all panels, in order."""
+        pieces = Pieces(len(whole), min(self._task.team, len(whole)))
+        shares = deque(whole[start:stop] for start, stop in pieces)
         asked: deque[tuple[str, list[range], Future[Any]]] = deque()
+        with written(self._path.parent, packed(args)) as given:
 
-        def ask(share: list[range]) -> tuple[str, list[range], Future[Any]]:
-            busy = [member for member, _, _ in asked]
-            member = min(self._members, key=busy.count)
-            errand = Errand(part, operation, share)
-            values = self._path, self._terms, errand, sent
-            return member, share, self._submit(member, operation.__name__, work_on, *values)
+            def ask(share: list[range]) -> tuple[str, list[range], Future[Any]]:
+                busy = [member for member, _, _ in asked]
+                member = min(self._members, key=busy.count)
+                values = str(self._path), self._terms, Errand(part, operation, share), str(given)
+                return member, share, self._submit(member, operation.__name__, work_on, *values)
 
-        try:
-            while shares or asked:
-                while shares and len(asked) < len(self._members):
-                    asked.append(ask(shares.popleft()))
-                member, share, future = asked[0]
-                results = self._answer(member, future)
-                if results is None:
-                    asked[0] = ask(share)
-                    continue
-                asked.popleft()
-                yield from (unpacked(result, self._job.device) for result in results)
-                future.release()
-        finally:
-            with suppress(*LOST):
-                self._client.cancel([future for _, _, future in asked])
+            try:
+                while shares or asked:
+                    self._check()
+                    while shares and len(asked) < len(self._members):
+                        asked.append(ask(shares.popleft()))
+                    member, share, future = asked[0]
+                    file = self._answer(member, future)
+                    if file is None:
+                        asked[0] = ask(share)
+                        continue
+                    asked.popleft()
+                    with taken(file) as results:
+                        yield from (unpacked(result, self._job.device) for result in results)
+            finally:
+                with suppress(*LOST):
+                    self._client.cancel([future for _, _, future in asked])
 
     def _submit(
         self, member: str, what: str, function: Callable[..., Any], *args: Any
@@ -164,52 +159,63 @@ class Team:
         key = f"merge-{self._task.target}-{what}-{self._asked:04d}-{uuid.uuid4().hex[:8]}"
         return self._client.submit(function, *args, key=key, workers=[member], pure=False)
 
-    def _answer(self, member: str, future: Future[Any]) -> list[Any] | None:
-        """Wait for a member's results; None if it is lost."""
-        while True:
-            try:
-                results: list[Any] = future.result(timeout=POLL_SECONDS)
-            except TimeoutError:
-                # The file goes when nobody waits for the target any more.
-                if not Path(self._path).exists():
-                    raise TaskStoppedError from None
-                self._meet()
-                if member not in self._members:
-                    return None
-            except CancelledError:
-                self._meet()
+    def _answer(self, member: str, future: Future[Any]) -> Path | None:
+        """Wait for the file with a member's results; None if the member is lost."""
+        while not future.done():
+            wait_for([future])
+            self._check()
+            if member not in self._members:
                 return None
-            else:
-                return results
+        try:
+            return Path(future.result())
+        except CancelledError:
+            return None
 
-    def _send(self, args: tuple[Any, ...]) -> Any:
-        """Return what stands for arguments in a node: large ones are brought to all members."""
-        if sum(value.nbytes for value in args if isinstance(value, np.ndarray)) < INLINE_BYTES:
-            return args
-        for attempt in range(SEND_ATTEMPTS):
-            self._meet()
-            try:
-                (sent,) = self._client.scatter(
-                    [args], workers=self._members, broadcast=True, hash=False
-                )
-            except (OSError, TimeoutError):
-                if attempt == SEND_ATTEMPTS - 1:
-                    raise
-                time.sleep(POLL_SECONDS)
-            else:
-                return sent
-        raise AssertionError("the last attempt raises")
-
-    def _meet(self) -> None:
-        """Leave out members that are lost.
+    def _check(self) -> None:
+        """Leave out members that are lost, or take no work.
 
         Raises:
-            WorkerError: none is left.
+            TaskStoppedError: the run is over.
+            WorkerError: no member is left.
         """
-        there = set(addresses(self._client))
+        # The file goes when nobody waits for the target any more.
+        self._job.check()
+        there = running(self._client)
         self._members = [member for member in self._members if member in there]
         if not self._members:
             raise WorkerError("all workers that shared a target were lost")
+
+
+def wait_for(futures: Sequence[Future[Any]]) -> None:
+    """Wait a second for one of some futures."""
+    with suppress(TimeoutError):
+        wait(futures, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED")
+
+
+@contextmanager
+def written(directory: Path, value: Any) -> Iterator[Path]:
+    """Write a value into a file, which stays as long as the block lasts."""
+    path = directory / f"{uuid.uuid4().hex}.given"
+    try:
+        with path.open("xb") as stream:
+            pickle.dump(value, stream, protocol=5)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def taken(path: Path) -> Iterator[Iterator[Any]]:
+    """Return the values in a file, one after another, and remove it afterwards."""
+    with path.open("rb") as stream:
+        yield _values(stream)
+    path.unlink()
+
+
+def _values(stream: BinaryIO) -> Iterator[Any]:
+    # Written by this very run, into a directory that only its user may write to.
+    for _ in range(pickle.load(stream)):
+        yield pickle.load(stream)
 
 
 class _Seat:
@@ -225,9 +231,14 @@ class _Seat:
         if self._member is None or self._path != path:
             self.leave()
             plan, adapters, _ = admit(worker, path, terms)
-            job = Job(plan, adapters, Path(path).parent, starts=(0,))
+            job = Job(plan, adapters, Path(path).parent, starts=(0,), lease=Path(path))
             self._path, self._member = path, Member(job, plan.tasks[0])
         return self._member
+
+    def leave_what_is_over(self) -> None:
+        """Let go of a target whose plan is gone."""
+        if not Path(self._path).exists():
+            self.leave()
 
     @property
     def taken(self) -> bool:
@@ -246,37 +257,55 @@ _SEATS: dict[str, _Seat] = {}
 """By a worker's address: a process may hold several workers."""
 
 
-def work_on(
-    path: str,
-    terms: Terms,
-    errand: Errand,
-    args: Sequence[Any],
-) -> list[Any]:
-    """Do an errand for the target that a team shares; return the results of its panels.
+def work_on(path: str, terms: Terms, errand: Errand, given: str) -> str:
+    """Do an errand for the target that a team shares.
 
     Args:
         path: where the target's plan and manifests lie.
         terms: what the worker must be like.
         errand: what is wanted.
-        args: of the operation, as `packed` gave them; the results are such, too.
+        given: file with the operation's arguments, as `packed` gave them.
+
+    Returns:
+        The file with the results of its panels: how many, and each, as `packed` gives them.
 
     Raises:
+        TaskStoppedError: the run is over.
         WorkerError: the worker is not like those that the run began with.
         MergeFailedError: a subclass of it says what failed.
     """
     worker = get_worker()
     seat = _SEATS.setdefault(worker.address, _Seat())
-    with seat.lock:
+    results = Path(path).with_name(f"{uuid.uuid4().hex}.results")
+    with seat.lock, stored(results):
         member = seat.join(worker, path, terms)
         lanes = min(member.job.plan.tasks[0].lanes, worker.state.nthreads)
+        args = pickle.loads(Path(given).read_bytes())
         try:
-            with one_thread_each(), ThreadPoolExecutor(lanes) as pool:
+            with one_thread_each(), ThreadPoolExecutor(lanes) as pool, results.open("xb") as stream:
                 each = Lanes(pool, lanes, member.job.stopped) if lanes > 1 else map
-                return member.work_on(errand, args, each)
+                pickle.dump(len(errand.panels), stream)
+                for result in member.work_on(errand, args, each):
+                    pickle.dump(result, stream, protocol=5)
         except BaseException:
             # Its threads were told to stop, and what it holds may be half made.
             seat.leave()
             raise
+    return str(results)
+
+
+@contextmanager
+def stored(path: Path) -> Iterator[None]:
+    """Have a file system's refusal told as such, and leave no file of it."""
+    try:
+        yield
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, StreammergeError):
+            raise
+        if not path.parent.is_dir():
+            raise TaskStoppedError from error
+        raise StorageError(f"{error.strerror}", path=str(error.filename or path)) from error
 
 
 def leave(path: str) -> None:
@@ -285,3 +314,11 @@ def leave(path: str) -> None:
     if seat is not None:
         with seat.lock:
             seat.leave(path)
+
+
+def tidy_worker() -> None:
+    """Let go of a target of a run that is over, whose leader could not say so."""
+    seat = _SEATS.get(get_worker().address)
+    if seat is not None:
+        with seat.lock:
+            seat.leave_what_is_over()

@@ -38,7 +38,10 @@ def run_threads(job: Job, tasks: Sequence[Task], on_receipt: OnReceipt) -> None:
         try:
             for task in tasks:
                 if task.alone:
-                    report(task, run_task(job, task, Lanes(pool, task.lanes, job.stopped)))
+                    # Not for one lane: a failure in it ends the job, and out of device memory a
+                    # task is tried again.
+                    each = Lanes(pool, task.lanes, job.stopped) if task.lanes > 1 else map
+                    report(task, run_task(job, task, each))
             compute(*nodes, scheduler="threads", pool=pool, optimize_graph=False)
         finally:
             # After a failure other threads end their task at its next tile.

@@ -95,6 +95,12 @@ def addresses(client: Client) -> list[str]:
     return sorted(client.nthreads())
 
 
+def running(client: Client) -> set[str]:
+    """Return the addresses of the workers that are there and take work: not those that pause."""
+    scheduler: Any = client.scheduler
+    return set(client.sync(scheduler.ncores_running))
+
+
 def check_scheduler(client: Client) -> None:
     """Check that the scheduler can load what it passes on.
 

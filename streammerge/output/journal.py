@@ -21,6 +21,8 @@ from streammerge.errors import StorageError
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
+_PUBLISHED = "published"
+
 _DIGEST = 32
 """Characters of a checksum."""
 
@@ -35,10 +37,13 @@ class Unfinished:
     """What it was, as it said when it began."""
     done: int
     """How many targets it has finished."""
+    published: str | None
+    """The checksum of what it was about to publish, if it came so far."""
 
     def entries(self) -> Iterator[dict[str, Any]]:
         """Yield those of its finished targets; there may be too many to hold."""
-        return itertools.islice(_sound_lines(self.path), 1, None)
+        lines = itertools.islice(_sound_lines(self.path), 1, None)
+        return (line for line in lines if _PUBLISHED not in line)
 
 
 class Journal:
@@ -51,14 +56,27 @@ class Journal:
         self._descriptor = -1
 
     def read(self) -> Unfinished | None:
-        """Return what an earlier run has left; None where there is nothing to go on from."""
+        """Return what an earlier run has left; None where there is nothing to go on from.
+
+        Raises:
+            StorageError: there is a journal, and it cannot be read.
+        """
         try:
             lines = _sound_lines(self.path)
-            identity = next(lines, None)
-            self.entries = sum(1 for _ in lines)
-        except OSError:
+            identity, published, self.entries = next(lines, None), None, 0
+            for line in lines:
+                published = line.get(_PUBLISHED)
+                self.entries += published is None
+            spoilt = identity is None and self.path.stat().st_size > 0
+        except FileNotFoundError:
             return None
-        return Unfinished(self.path, identity, self.entries) if identity and self.entries else None
+        except OSError as error:
+            raise StorageError(f"cannot be read ({error.strerror})", path=str(self.path)) from error
+        if spoilt:
+            raise StorageError("is spoilt", path=str(self.path))
+        if not identity or not self.entries:
+            return None
+        return Unfinished(self.path, identity, self.entries, published)
 
     def begin(self, identity: dict[str, Any], entries: Iterable[dict[str, Any]]) -> None:
         """Write a new journal in the place of the earlier one, with what is taken over of it.
@@ -86,7 +104,27 @@ class Journal:
         Raises:
             StorageError: the file system refused.
         """
-        line = _line(entry)
+        self._write(entry)
+        self.entries += 1
+
+    def publish(self, checksum: str | None) -> None:
+        """Write, durably, that what has this checksum is about to get the output's name.
+
+        Raises:
+            StorageError: the file system refused.
+        """
+        if self._descriptor < 0:
+            return  # nothing was begun
+        self._write({_PUBLISHED: checksum})
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise StorageError(
+                f"cannot be made durable ({error.strerror})", path=str(self.path)
+            ) from error
+
+    def _write(self, value: dict[str, Any]) -> None:
+        line = _line(value)
         try:
             while line:
                 line = line[os.write(self._descriptor, line) :]
@@ -94,7 +132,6 @@ class Journal:
             raise StorageError(
                 f"cannot be written ({error.strerror})", path=str(self.path)
             ) from error
-        self.entries += 1
 
     def close(self) -> None:
         """Close the file; it stays."""

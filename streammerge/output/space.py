@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from streammerge.errors import DiskSpaceError, RecipeError
@@ -11,16 +13,23 @@ from streammerge.errors import DiskSpaceError, RecipeError
 _MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
 
 
-def check_space(directory: str, needed_bytes: int) -> None:
-    """Check that a directory's disk, or that of the nearest one above it, has room.
+def check_space(needs: Sequence[tuple[str, int]]) -> None:
+    """Check that directories' disks, or those of the nearest ones above them, have room.
+
+    Args:
+        needs: directories, and bytes that each will take; those on one disk take them together.
 
     Raises:
-        DiskSpaceError: it has not.
+        DiskSpaceError: there is no room.
     """
-    place = _nearest(Path(directory))
-    free = shutil.disk_usage(place).free
-    if needed_bytes > free:
-        raise DiskSpaceError(path=directory, needed_bytes=needed_bytes, free_bytes=free)
+    together: Counter[int] = Counter()
+    for directory, needed_bytes in needs:
+        place = _nearest(Path(directory))
+        disk = place.stat().st_dev
+        together[disk] += needed_bytes
+        free = shutil.disk_usage(place).free
+        if together[disk] > free:
+            raise DiskSpaceError(path=directory, needed_bytes=together[disk], free_bytes=free)
 
 
 def allocated_bytes(directory: Path) -> int:

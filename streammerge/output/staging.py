@@ -11,18 +11,23 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+
+import xxhash
 
 from streammerge.errors import (
     MergeFailedError,
     OutputBusyError,
     OutputExistsError,
+    PublishedError,
+    RefusedError,
     StorageError,
     StreammergeError,
     UnfinishedError,
@@ -112,14 +117,16 @@ class Staging:
         self._lock = -1
         self._is_ours = False
         """Whether it is settled that what lies there is gone on with, or dropped."""
+        self._published = False
         self.left: list[str] = []
-        """What should have been removed at the end, and could not be."""
+        """What should have been done at the end, and could not be."""
 
     def __enter__(self) -> Self:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _take_lock(lock_path(self.output), self.output)
             self._restore()
+            self._clear_published()
             check_output(self.output, overwrite=self._overwrite)
             self._look_for_unfinished()
             self._is_ours = True
@@ -141,54 +148,101 @@ class Staging:
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None:
+    ) -> bool:
+        """Keep or remove what is there; an interrupt after the publishing is none."""
         if self._lock < 0:
-            return
-        if not self._is_ours or (error is not None and self._worth_keeping(error)):
-            self.journal.close()
-            if self.journal.entries and isinstance(error, StreammergeError):
-                error.add_note(
-                    f"{self.journal.entries} targets are done and kept; --resume goes on"
-                )
-        else:
-            self._clear(self._discard)
-        # Removed while it is held: who has opened it meanwhile finds that it is another file.
-        self._clear(lambda: lock_path(self.output).unlink(missing_ok=True))
-        os.close(self._lock)
-        self._lock = -1
+            return False
+        try:
+            if self._published:
+                # The journal last: it says that the merge is done, and nothing else does.
+                for remove in (*self._removals(), self.journal.remove):
+                    self._clear(remove)
+            elif not self._is_ours or (error is not None and self._worth_keeping(error)):
+                self.journal.close()
+                kept = self.journal.entries and not isinstance(error, RefusedError)
+                if kept and isinstance(error, StreammergeError):
+                    error.add_note(
+                        f"{self.journal.entries} targets are done and kept; --resume goes on"
+                    )
+            else:
+                for remove in (self.journal.remove, *self._removals()):
+                    self._clear(remove)
+            # Removed while it is held: who has opened it meanwhile finds that it is another file.
+            self._clear(lambda: lock_path(self.output).unlink(missing_ok=True))
+        finally:
+            os.close(self._lock)
+            self._lock = -1
         if isinstance(error, StreammergeError):
             for left in self.left:
                 error.add_note(left)
-
-    def _clear(self, remove: Callable[[], None]) -> None:
-        """Remove something at the end; that it cannot be undoes nothing of what was done."""
-        try:
-            remove()
-        except OSError as error:
-            self.left.append(f"{error.filename}: cannot be removed ({error.strerror})")
+        return self._published and isinstance(error, KeyboardInterrupt)
 
     def publish(self) -> None:
         """Make the staging directory the output, in one rename, or one exchange with an earlier.
 
         Raises:
-            OutputExistsError: something has appeared at the output's name.
-            StorageError: the system refused.
+            StorageError: something has appeared at the output's name, or the system refused.
         """
-        check_output(self.output, overwrite=self._overwrite)
+        try:
+            check_output(self.output, overwrite=self._overwrite)
+        except OutputExistsError as error:
+            raise StorageError("has appeared during the work", path=str(self.output)) from error
         try:
             sync_directory(self.path)
+            self.journal.publish(_mark(self.path))
             if self.output.exists() and any(self.output.iterdir()):
                 _exchange(self.path, self.output, self._aside)
             else:
                 self.path.rename(self.output)
-            sync_directory(self.output.parent)
         except OSError as error:
+            if isinstance(error, StreammergeError):
+                raise
             raise StorageError(
                 f"cannot be published ({error.strerror})", path=str(self.output)
             ) from error
+        self._published = True
+        # It is there, whatever comes now.
+        self._clear(lambda: sync_directory(self.output.parent), "made durable")
+
+    def settle(self, recipe: dict[str, Any]) -> None:
+        """Find out whether the output is what the merge that is to be gone on with has made.
+
+        Args:
+            recipe: of the merge, as `Recipe.to_dict` gives it.
+
+        Raises:
+            PublishedError: it is; what was left beside it has been removed.
+            OutputBusyError: another merge is writing to it.
+        """
+        if not self.journal.path.exists():
+            return
+        self._lock = _take_lock(lock_path(self.output), self.output)
+        try:
+            self._restore()
+            done = self._clear_published()
+        finally:
+            self.__exit__(None, None, None)
+        if done is not None and done.identity["recipe"] == json.loads(json.dumps(recipe)):
+            raise PublishedError(path=str(self.output))
+
+    def _clear(self, act: Callable[[], None], what: str = "removed") -> None:
+        """Do something at the end; that it cannot be done undoes nothing of what was done."""
+        try:
+            act()
+        except OSError as error:
+            self.left.append(f"{error.filename}: cannot be {what} ({error.strerror})")
+        except KeyboardInterrupt:
+            if not self._published:
+                raise
+            self.left.append(f"{self.path}: is not {what} yet, for the merge was interrupted")
 
     def _look_for_unfinished(self) -> None:
-        found = self.journal.read() if self.path.is_dir() else None
+        try:
+            found = self.journal.read() if self.path.is_dir() else None
+        except StorageError:
+            if not self._overwrite:
+                raise
+            found = None
         if found is None:
             return
         if self._resume:
@@ -197,6 +251,19 @@ class Staging:
             raise UnfinishedError(path=str(self.output), done=found.done)
         else:
             self.journal.entries = 0  # they are dropped
+
+    def _clear_published(self) -> Unfinished | None:
+        """Remove what is left of a merge that was killed after it was published, and return it."""
+        try:
+            found = self.journal.read()
+        except StorageError:
+            return None
+        if found is None or found.published is None or found.published != _mark(self.output):
+            return None
+        for remove in (*self._removals(), self.journal.remove):
+            remove()
+        self.journal.entries = 0
+        return found
 
     def _worth_keeping(self, error: BaseException) -> bool:
         """Whether a later run can go on from what is there."""
@@ -207,17 +274,37 @@ class Staging:
     def _discard(self) -> None:
         """Remove all that is left of this merge, or of an earlier one."""
         # The journal first: without its directory it is of no use, nor the other way round.
-        self.journal.remove()
-        for left in (self._aside, self.path):
+        for remove in (self.journal.remove, *self._removals()):
+            remove()
+
+    def _removals(self) -> list[Callable[[], None]]:
+        """Return what removes each of the directories."""
+
+        def remove(left: Path) -> None:
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(left)
+
+        return [lambda: remove(self._aside), lambda: remove(self.path)]
 
     def _restore(self) -> None:
         """Give an earlier output its name back, if a run was killed between two renames, or remove
         it, if that was after them."""
-        if self._aside.exists() and not self.output.exists():
+        if not self._aside.exists():
+            return
+        if self.output.is_dir() and not any(self.output.iterdir()):
+            self.output.rmdir()  # made since, by a script perhaps
+        if not self.output.exists():
             self._aside.rename(self.output)
-        shutil.rmtree(self._aside, ignore_errors=True)
+        else:
+            shutil.rmtree(self._aside, ignore_errors=True)
+
+
+def _mark(directory: Path) -> str | None:
+    """Return a checksum of the record in a directory; None where there is none."""
+    try:
+        return xxhash.xxh3_128_hexdigest((directory / MARK_NAME).read_bytes())
+    except OSError:
+        return None
 
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -249,6 +336,12 @@ def _take_lock(path: Path, output: Path) -> int:
             raise OutputBusyError(
                 f"{output}: another merge is writing to it (it holds {path})"
             ) from error
+        except OSError as error:
+            os.close(lock)
+            raise StorageError(f"cannot be locked ({error.strerror})", path=str(path)) from error
+        except BaseException:
+            os.close(lock)
+            raise
         # The holder may have removed the file between open and lock.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(path.stat(), os.fstat(lock)):

@@ -267,6 +267,22 @@ def write_file(path: Path, data: bytes) -> None:
         raise StorageError(f"cannot be written ({error.strerror})", path=str(path)) from error
 
 
+def forget(path: Path) -> None:
+    """Have the system read a file from the disk again, and not from its memory.
+
+    After a write to the disk that failed, what is in memory counts as written.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    sync_file(path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
 def sync_file(path: Path) -> None:
     """Make a file's bytes durable.
 

@@ -25,12 +25,12 @@ from streammerge.planner.memory import (
 from streammerge.planner.routes import Course, Shape
 from streammerge.plans import Region, Task
 from streammerge.tiling import (
-    PANELS,
     factor_groups,
     factor_rows,
     flat_tiles,
     gram_blocks,
     longest,
+    panels,
     row_tiles,
 )
 
@@ -135,9 +135,9 @@ ROUNDS = 8
 share of the work."""
 
 
-TEAM_WORK = 2 * 10**11
-"""Operations of a target that is shared by several workers at least: some ten seconds, for the
-panels of each of some thirty passes are asked for over a network."""
+PASS_WORK = 7 * 10**9
+"""Operations of a pass over a target that is shared by several workers at least: a good part of a
+second, for the panels of each are asked for over a network."""
 
 
 def _team(draft: Draft, rule: RuleSpec, limits: Limits) -> int:
@@ -150,11 +150,13 @@ def _team(draft: Draft, rule: RuleSpec, limits: Limits) -> int:
         return 1
     work = arithmetic(draft.course, rule, draft.shape)
     others = limits.workers * limits.budget.threads * ROUNDS
-    if work < TEAM_WORK or work * others <= limits.whole:
+    searched = len(draft.shape.ranks) if rule.sparsity == "largest" else 0
+    passes = searched + draft.course.passes * (2 if draft.course.route == "sum" else 1)
+    if work < PASS_WORK * passes or work * others <= limits.whole:
         return 1
     team = min(limits.workers, _parts(draft))
     needed, host = _least(draft, rule, 2), 0
-    travelling = project_team(draft.shape, draft.course, team)
+    travelling = project_team(draft.shape, draft.course)
     if limits.on_device:
         host = project_host(draft.shape) + travelling
     else:
@@ -168,11 +170,11 @@ def _parts(draft: Draft) -> int:
     if route == "fold":
         return len(flat_tiles(shape.rank * shape.small))
     if route == "sum":
-        return min(PANELS, len(factor_groups(shape.ranks, shape.m + shape.n)))
+        return len(panels(len(factor_groups(shape.ranks, shape.m + shape.n))))
     if route == "gram":
         blocks = len(gram_blocks(shape.total_rank))
         return blocks * (blocks + 1)  # pairs of blocks, of the A's and of the B's
-    return 1 if route in ("concatenate", "core") else min(PANELS, len(row_tiles(shape.m, shape.n)))
+    return 1 if route in ("concatenate", "core") else len(panels(len(row_tiles(shape.m, shape.n))))
 
 
 def _refuse(target: str, projected: int, allowed: int, smallest: int, origin: str) -> BudgetError:
@@ -202,7 +204,7 @@ def plan_task(
     alone = _is_alone(draft, rule, limits)
     room = limits.room if alone else limits.room // limits.together
     team = _team(draft, rule, limits)
-    travelling = project_team(shape, course, team) if team > 1 else 0
+    travelling = project_team(shape, course) if team > 1 else 0
     if not limits.on_device:
         room -= travelling
     lanes = _lanes(draft, rule, limits, room, team) if alone else 1

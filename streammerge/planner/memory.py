@@ -11,15 +11,7 @@ from functools import lru_cache
 
 from streammerge.catalog import RuleSpec
 from streammerge.planner.routes import DOUBLE, PROBES, Course, Shape
-from streammerge.tiling import (
-    PANELS,
-    factor_groups,
-    factor_rows,
-    flat_tiles,
-    gram_rows,
-    longest,
-    row_tiles,
-)
+from streammerge.tiling import factor_groups, factor_rows, flat_tiles, gram_rows, longest, row_tiles
 
 SLACK_BYTES = 8 * 1024**2
 """Allocator rounding, small tensors of a task, and pages of files at both ends of a window."""
@@ -90,14 +82,13 @@ def project(course: Course, rule: RuleSpec, shape: Shape, holding: Holding) -> i
     return parts[course.route]() + SLACK_BYTES + (lanes - 1) * LANE_BYTES
 
 
-def project_team(shape: Shape, course: Course, team: int) -> int:
+def project_team(shape: Shape, course: Course) -> int:
     """Return what is on its way between workers that share a target, in the memory of each.
 
-    A block to all of them, as it came and as it is used; the images of as many panels as one
-    worker has, as they are made, sent and added up; where they are added up, their sum.
+    A block to all of them, as its file is read and as it is used; the images of a panel as they
+    are written; where they are added up, as they are read, and their sum.
     """
-    images = 3 * -(-PANELS // team) + 3
-    return images * max(shape.m, shape.n) * (course.block + PROBES) * shape.item
+    return 6 * max(shape.m, shape.n) * (course.block + PROBES) * shape.item
 
 
 def project_host(shape: Shape) -> int:

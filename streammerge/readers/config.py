@@ -15,7 +15,7 @@ from typing import Any
 
 from streammerge.adapter import CONFIG_NAME, AdapterConfig
 from streammerge.errors import CorruptFileError, UnsupportedAdapterError, shorten
-from streammerge.files import read_whole
+from streammerge.files import check_inside, read_whole
 from streammerge.patterns import compile_entry
 
 MAX_CONFIG_BYTES = 64 * 1024**2
@@ -47,6 +47,7 @@ def read_config(directory: Path) -> AdapterConfig | None:
         UnsupportedAdapterError: another PEFT type, or a variant of LoRA that is not merged.
     """
     path = directory / CONFIG_NAME
+    check_inside(path)
     try:
         text = read_whole(path, MAX_CONFIG_BYTES)
     except FileNotFoundError:

@@ -25,6 +25,9 @@ from streammerge.files import open_regular
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
 
+MAX_QUOTES, MAX_BRACKETS = 8_000_000, 3_000_000
+"""Of a header, which is some half a million tensors: what it takes in memory is bounded by them."""
+
 MAX_DIMENSIONS = 16
 
 MAX_NAME = 1024
@@ -156,6 +159,8 @@ def _header_length(path: Path, head: bytes, size: int) -> int:
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    if text.count(b'"') > MAX_QUOTES or text.count(b"[") + text.count(b"{") > MAX_BRACKETS:
+        raise CorruptFileError("its header holds more than any adapter has", path=str(path))
     try:
         fields = json.loads(text)
         if not _plainly_unique(text, fields):

@@ -11,6 +11,7 @@ import gc
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from streammerge.errors import (
     UnsupportedAdapterError,
     shorten,
 )
-from streammerge.files import read_whole
+from streammerge.files import check_inside, read_whole
 from streammerge.patterns import Value, pattern_lookup
 from streammerge.readers.config import read_config
 from streammerge.readers.header import (
@@ -107,6 +108,7 @@ def read_adapter(
     if not single.exists():
         headers = _read_shards(_index(directory))
         return _adapter(path, table, config, headers, _content(directory, headers, config, table))
+    check_inside(single)
     text = read_text(single)
     # The size belongs to it, for it is checked against the header.
     key = (hashlib.sha256(text.text).digest(), text.file.size, _what_decides(config))
@@ -134,7 +136,7 @@ def _content(
     if not pairs:
         _refuse_without_factors(directory, [entry.name for _, _, entry in places])
     prefixes = tuple(sorted({pair.prefix for pair in pairs.values()}))
-    columns = Columns.of_rows(_rows(pairs, prefixes, config, table))
+    columns = Columns.of_rows(_rows(directory, pairs, prefixes, config, table))
     return _Content(columns, prefixes, tuple(sorted(extras)))
 
 
@@ -176,6 +178,7 @@ def _check_directory(directory: Path) -> None:
 def _index(directory: Path) -> Path:
     """Return the index of a directory without a single file of weights."""
     if (directory / INDEX_NAME).exists():
+        check_inside(directory / INDEX_NAME)
         return directory / INDEX_NAME
     if (directory / PICKLE_NAME).exists():
         raise UnsupportedAdapterError(
@@ -210,6 +213,8 @@ def _read_shards(index: Path) -> list[Header]:
         raise CorruptFileError(
             f"names {len(names)} files; {MAX_SHARDS} are the limit", path=str(index)
         )
+    for name in names:
+        check_inside(index.with_name(name))
     headers = [read_header(index.with_name(name)) for name in names]
     found = {
         entry.name: name for name, h in zip(names, headers, strict=True) for entry in h.entries
@@ -230,6 +235,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _rows(
+    directory: Path,
     pairs: dict[str, Factors],
     prefixes: tuple[str, ...],
     config: AdapterConfig | None,
@@ -255,8 +261,7 @@ def _rows(
             b.shape[0],
             math.prod(inner),
             (*inner, 0, 0, 0)[:4],
-            declared(target),
-            alpha(target),
+            *_look_up(directory, target, declared, alpha),
             numbers[pair.prefix],
             a_file,
             a.offset,
@@ -265,6 +270,16 @@ def _rows(
             b.offset,
             codes[b.dtype],
         )
+
+
+def _look_up(directory: Path, target: str, *patterns: Callable[[str], Value]) -> list[Value]:
+    try:
+        return [look_up(target) for look_up in patterns]
+    except re.error as error:
+        raise CorruptFileError(
+            f"a regular expression of rank_pattern or alpha_pattern is refused: {error}",
+            path=str(directory / CONFIG_NAME),
+        ) from error
 
 
 def _always(value: Value) -> Callable[[str], Value]:

@@ -10,14 +10,14 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 
 from streammerge.adapter import TensorFile
-from streammerge.errors import InputChangedError
+from streammerge.errors import InputChangedError, InputUnreadableError
 
 MAX_OPEN_FILES = 64
 
@@ -43,6 +43,7 @@ class OpenFiles:
 
         Raises:
             InputChangedError: the file is gone, or not the one whose header was read.
+            InputUnreadableError: it cannot be opened.
         """
         with self._lock:
             # A copy, for another thread may close the original at any time.
@@ -58,13 +59,25 @@ class OpenFiles:
             while self._open:
                 os.close(self._open.popitem()[1])
 
+    def check(self, files: Iterable[TensorFile]) -> None:
+        """Check that files are still those whose headers were read.
+
+        Raises:
+            InputChangedError: one is not.
+        """
+        for file in files:
+            with self._lock:
+                self._find(file)
+
     def _find(self, file: TensorFile) -> int:
         if file.path in self._open:
             self._open.move_to_end(file.path)
-            return self._open[file.path]
-        if len(self._open) >= self._max_open:
-            os.close(self._open.popitem(last=False)[1])
-        self._open[file.path] = _open_unchanged(file)
+        else:
+            if len(self._open) >= self._max_open:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[file.path] = _open(file)
+        # Each time, for it may be written to while it is open.
+        _check_unchanged(self._open[file.path], file)
         return self._open[file.path]
 
 
@@ -78,7 +91,7 @@ def mapped(files: OpenFiles) -> Window:
             try:
                 view = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ, offset=start)
             except (OSError, ValueError) as error:
-                raise InputChangedError(f"cannot be mapped ({error})", path=file.path) from error
+                raise InputUnreadableError(f"cannot be mapped ({error})", path=file.path) from error
         return np.frombuffer(view, np.uint8, nbytes, offset - start)
 
     return window
@@ -124,27 +137,34 @@ def _fill(descriptor: int, file: TensorFile, into: memoryview, offset: int) -> N
         try:
             read = os.preadv(descriptor, [into], offset)
         except OSError as error:
-            raise InputChangedError(f"cannot be read ({error.strerror})", path=file.path) from error
+            raise InputUnreadableError(
+                f"cannot be read ({error.strerror})", path=file.path
+            ) from error
         if read == 0:
             raise InputChangedError("has become shorter during the run", path=file.path)
         into, offset = into[read:], offset + read
 
 
-def _open_unchanged(file: TensorFile) -> int:
+def _open(file: TensorFile) -> int:
     try:
-        descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+        # A pipe may have taken its place, and would be waited for.
+        return os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError as error:
+        raise InputChangedError("is not there any more", path=file.path) from error
     except OSError as error:
-        raise InputChangedError(
+        raise InputUnreadableError(
             f"cannot be opened any more ({error.strerror})", path=file.path
         ) from error
+
+
+def _check_unchanged(descriptor: int, file: TensorFile) -> None:
     status = os.fstat(descriptor)
     if (status.st_size, status.st_mtime_ns, status.st_ino) != (
         file.size,
         file.mtime_ns,
         file.inode,
     ):
-        os.close(descriptor)
         raise InputChangedError(
-            "has changed since its header was read; start the merge again", path=file.path
+            "has changed since its header was read; put it back, or start the merge again",
+            path=file.path,
         )
-    return descriptor

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from streammerge.adapter import TORCH_NAMES, Factor
+from streammerge.adapter import TORCH_NAMES, Factor, TensorFile
 from streammerge.budget import CPU
 from streammerge.draw import stream_key
 from streammerge.errors import NonFiniteError
@@ -42,6 +42,8 @@ class FactorReader:
         dtype: torch.dtype,
         device: torch.device,
         transfer: Transfer | None,
+        *,
+        hashed: bool = True,
     ) -> None:
         """Make it.
 
@@ -51,8 +53,10 @@ class FactorReader:
             dtype: of the elements.
             device: where they are wanted.
             transfer: the way there, where that is not the process's own memory.
+            hashed: whether a checksum of all of it will be asked for.
         """
         self.factor = factor
+        self._hashing = hashed
         self._window = window
         self._dtype = dtype
         self._device = device
@@ -94,7 +98,8 @@ class FactorReader:
         Raises:
             NonFiniteError: an element is NaN or infinite.
         """
-        if self._unchecked is None or math.isfinite(float(self._unchecked)):
+        total, self._unchecked = self._unchecked, None
+        if total is None or math.isfinite(float(total)):
             return
         for span in flat_tiles(self.factor.elements):
             stored = self._stored_at(*span)
@@ -143,7 +148,7 @@ class FactorReader:
         Factors are mostly read from their start to their end. Where several threads share one, or
         tiles are asked for in another order, what was passed over is read for the hash alone.
         """
-        if self._hashed >= stop:
+        if not self._hashing or self._hashed >= stop:
             return _view(self._read(start, stop), self._stored)
         with self._lock:
             self._hash_until(start)
@@ -187,7 +192,7 @@ def _view(window: npt.NDArray[np.uint8], dtype: torch.dtype) -> torch.Tensor:
 class TargetSources:
     """The factors that take part in one target, in the adapters' order."""
 
-    def __init__(self, job: Job, task: Task, device: torch.device) -> None:
+    def __init__(self, job: Job, task: Task, device: torch.device, *, hashed: bool = True) -> None:
         columns, weights = job.plan.sources, job.plan.recipe["weights"]
         rows = range(task.first, task.last)
         self.positions = [int(columns.adapter[i]) for i in rows]
@@ -202,6 +207,7 @@ class TargetSources:
                     job.dtype,
                     device,
                     transfer,
+                    hashed=hashed,
                 )
                 for p, i in zip(self.positions, rows, strict=True)
             ]
@@ -210,6 +216,12 @@ class TargetSources:
 
     def __len__(self) -> int:
         return len(self.weights)
+
+    @property
+    def files(self) -> list[TensorFile]:
+        """The files that they lie in."""
+        files = (reader.factor.file for reader in (*self.a, *self.b))
+        return list({file.path: file for file in files}.values())
 
     @contextmanager
     def checked(self) -> Iterator[None]:
@@ -235,8 +247,8 @@ class TargetSources:
         return [stream_key(seed, position, target, tensor) for position in self.positions]
 
     def checksums(self, target: str) -> tuple[str, ...]:
-        """Return a checksum of each source's A and B, and of the target that they belong to."""
+        """Return a checksum of each source's target, scaling, A and B."""
         return tuple(
-            xxhash.xxh3_128_hexdigest(f"{target} {a.checksum()} {b.checksum()}".encode())
-            for a, b in zip(self.a, self.b, strict=True)
+            xxhash.xxh3_128_hexdigest(f"{target} {s!r} {a.checksum()} {b.checksum()}".encode())
+            for s, a, b in zip(self.scalings, self.a, self.b, strict=True)
         )

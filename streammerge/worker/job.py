@@ -31,6 +31,10 @@ KEPT_BYTES = 8 * 1024**2
 """So much free memory a heap keeps at its end: what goes back is faulted in at the next use."""
 
 
+LEASE_SECONDS = 1.0
+"""How often it is looked whether the run goes on."""
+
+
 class TaskStoppedError(Exception):
     """A task was ended because the run is over, for a failure elsewhere or for want of time."""
 
@@ -45,6 +49,8 @@ class Job:
         directory: Path,
         starts: Sequence[int],
         deadline: float = math.inf,
+        *,
+        lease: Path | None = None,
     ) -> None:
         """Set it up.
 
@@ -54,6 +60,7 @@ class Job:
             directory: of the output's files.
             starts: where each output file's data begin.
             deadline: when the run is over, on the clock of `time.monotonic`.
+            lease: a file; when it is gone, the run is over.
         """
         self.plan = plan
         self.adapters = adapters
@@ -64,6 +71,8 @@ class Job:
         self.stopped = threading.Event()
         """Set when the run is over for all: tasks end at their next tile."""
         self._deadline = deadline
+        self._lease = lease
+        self._looked = time.monotonic()
         self._window = {"mmap": mapped, "pread": pread}[plan.io](self.files)
         recipe = plan.recipe
         self.dtype: torch.dtype = getattr(torch, recipe["compute_dtype"])
@@ -91,6 +100,11 @@ class Job:
         if self.stopped.is_set():
             raise TaskStoppedError
         self.check_time()
+        if self._lease is not None and time.monotonic() - self._looked > LEASE_SECONDS:
+            self._looked = time.monotonic()
+            if not self._lease.exists():
+                self.stopped.set()
+                raise TaskStoppedError
 
     def check_time(self) -> None:
         """Go on only while there is time; also after the tasks.
@@ -176,8 +190,10 @@ def find_device(name: str, max_vram: int | None) -> Device:
         RecipeError: there is no such device, or its free memory is not known and was not given.
     """
     if name == AUTO:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return find_device(accelerator.type, max_vram) if accelerator else Device()
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is None or not torch.accelerator.is_available():
+            return Device()
+        return find_device(accelerator.type, max_vram)
     try:
         device = torch.device(name)
         if device.type != CPU:
@@ -190,8 +206,8 @@ def find_device(name: str, max_vram: int | None) -> Device:
         return Device()
     if max_vram is None:
         try:
-            free, _ = torch.accelerator.get_memory_info(device)
-        except (RuntimeError, NotImplementedError, ValueError) as error:
+            free, _ = torch.get_device_module(device).mem_get_info(device)
+        except (RuntimeError, AttributeError, NotImplementedError, ValueError) as error:
             raise RecipeError(
                 f"say how much of {name} may be used ({error})", option="max_vram"
             ) from error

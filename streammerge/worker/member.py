@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -38,10 +38,12 @@ class Member:
     def __init__(self, job: Job, task: Task) -> None:
         """Make it; nothing is read before it is asked for."""
         self.job = job
-        self._work = Work(job, task, TargetSources(job, task, job.device), job.device, map)
+        # The leader hashes what it reads, once for all.
+        sources = TargetSources(job, task, job.device, hashed=False)
+        self._work = Work(job, task, sources, job.device, map)
 
-    def work_on(self, errand: Errand, args: Sequence[Any], each: Each) -> list[Any]:
-        """Return operation(part, panel, *args) of every panel of an errand.
+    def work_on(self, errand: Errand, args: Sequence[Any], each: Each) -> Iterator[Any]:
+        """Yield operation(part, panel, *args) of every panel of an errand.
 
         Args:
             errand: the part, the operation and the panels.
@@ -58,7 +60,7 @@ class Member:
             def apply(panel: range) -> Any:
                 return packed(errand.operation(thing, panel, *values))
 
-            return list(watched(self.job, each)(apply, errand.panels))
+            yield from watched(self.job, each)(apply, errand.panels)
 
     def close(self) -> None:
         """Let go of what is held."""

@@ -28,7 +28,7 @@ class Receipt:
     checksums: tuple[str, str]
     """xxh3-128 of A's and of B's region."""
     inputs: tuple[str, ...]
-    """xxh3-128 of each source's target, A and B, the two as stored."""
+    """xxh3-128 of each source's target, scaling, A and B, the two as stored."""
     certificate: Certificate | None
     device: str
     """Where it was computed, which decides the rounding: "cpu", "cuda", …"""

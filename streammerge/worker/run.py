@@ -53,6 +53,8 @@ def run_task(job: Job, task: Task, each: Each = map, team: Team | None = None) -
             receipt = _run_on(device, job, attempt, each if first else map, team if first else None)
         except torch.OutOfMemoryError as error:
             failure = error
+            if team is not None:
+                team.part()
             continue
         except (FloatingPointError, LINALG_ERROR) as error:
             # The inputs were checked, so these speak of what was made of them; LAPACK refuses
@@ -88,6 +90,8 @@ def _run_on(device: torch.device, job: Job, task: Task, each: Each, team: Team |
         sources.checked(),
     ):
         certificate = merge_target(work, Writers(a, b))
+        # Before anything is said of what was made of them.
+        job.files.check(sources.files)
     return Receipt(
         target=task.target,
         checksums=(a.checksum, b.checksum),

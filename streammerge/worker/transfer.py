@@ -56,5 +56,6 @@ class _Slot:
         room.copy_(piece)
         target.copy_(room, non_blocking=True)
         if self._taken is not None:
-            self._taken.record()
+            # Of this device; that of the process may be another one.
+            self._taken.record(torch.accelerator.current_stream(target.device))
         self._used = True

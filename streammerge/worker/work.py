@@ -27,6 +27,9 @@ class Team(Protocol):
     def over(self, part: Part, count: int) -> Over:
         """Return the panels of a part that has so many tiles, or groups."""
 
+    def part(self) -> None:
+        """Have all of them let go of the target."""
+
 
 @dataclass(frozen=True)
 class Writers:
