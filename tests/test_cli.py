@@ -412,7 +412,7 @@ def test_a_signal_leaves_what_is_done(sent: signal.Signals, workers: int, tmp_pa
     assert time.monotonic() - sent_at < 5
     assert process.returncode == 75
     assert shown == ""
-    command = shlex.join(["streammerge", *arguments, "--resume"])
+    command = shlex.join(["streammerge", "merge", "--resume", *arguments[1:]])
     assert said == f"error: stopped\ngo on with: {command}\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".out.streammerge",

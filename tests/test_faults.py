@@ -121,8 +121,8 @@ streammerge.merge(paths, out, method="linear", io=io, workers=1)
 
 @pytest.mark.parametrize("io", ["mmap", "pread"])
 def test_an_input_is_cut_short_while_it_is_read(io: str, tmp_path: Path) -> None:
-    """A map of it is a death that no process survives, and what was done is gone on with once the
-    input is as it was; a read is an error, after which nothing is kept."""
+    """A map of it is a death that no process survives, a read is an error; either way what is
+    done is gone on with once the input is as it was."""
     layers = {f"model.{i}": linear(300, 400, 8) for i in range(6)}
     paths = [str(write_adapter(tmp_path / f"in{i}", layers, seed=i)) for i in range(2)]
     streammerge.merge(paths, tmp_path / "undisturbed", method="linear", workers=1)
@@ -135,7 +135,7 @@ def test_an_input_is_cut_short_while_it_is_read(io: str, tmp_path: Path) -> None
         assert done.returncode == -signal.SIGBUS
     else:
         assert done.returncode == 1
-        assert "during the run" in done.stderr
+        assert "has changed" in done.stderr
     with pytest.raises(errors.StreammergeError):
         streammerge.merge(paths, tmp_path / "out", method="linear", resume=True)
     with victim.open("r+b") as stream:
@@ -143,7 +143,7 @@ def test_an_input_is_cut_short_while_it_is_read(io: str, tmp_path: Path) -> None
     os.utime(victim, ns=(status.st_atime_ns, status.st_mtime_ns))
     heard: list[events.Event] = []
     streammerge.merge(paths, tmp_path / "out", method="linear", resume=True, on_event=heard.append)
-    assert any(isinstance(event, events.Resumed) for event in heard) == (io == "mmap")
+    assert any(isinstance(event, events.Resumed) for event in heard)
     for name in SAME:
         made, expected = ((tmp_path / out / name).read_bytes() for out in ("out", "undisturbed"))
         assert made == expected

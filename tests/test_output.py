@@ -309,7 +309,7 @@ def test_something_that_appears_during_the_work(sources: list[Path], tmp_path: P
             out.mkdir(exist_ok=True)
             (out / "thesis.txt").write_text("years of work")
 
-    with pytest.raises(OutputExistsError, match="exists") as caught:
+    with pytest.raises(StorageError, match="has appeared") as caught:
         merge(sources, out, on_event=appear)
     assert caught.value.__notes__ == [f"{len(TARGETS)} targets are done and kept; --resume goes on"]
     assert contents(out) == {"thesis.txt": b"years of work"}
@@ -576,7 +576,8 @@ def test_a_kill_while_publishing_over_an_earlier_output(
     command = [sys.executable, "-c", KILLED_AT_REMOVAL + KILLED, *arguments]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     assert streammerge.verify(out).checksums
-    assert names(tmp_path) == [".out.streammerge", ".out.streammerge.lock", "out"]
+    staging = ".out.streammerge"
+    assert names(tmp_path) == [staging, f"{staging}.journal", f"{staging}.lock", "out"]
     assert '"method": "cat"' in (staging_path(out) / MARK_NAME).read_text()
     merge(sources, out, overwrite=True)
     assert names(tmp_path) == ["out"]

@@ -351,7 +351,7 @@ def test_a_file_that_becomes_shorter_while_it_is_open(tmp_path: Path) -> None:
     file = described(path)
     assert len(window(file, 0, 100)) == 100
     os.truncate(path, 50)
-    with pytest.raises(errors.InputChangedError, match="shorter"):
+    with pytest.raises(errors.InputChangedError, match="has changed"):
         window(file, 0, 100)
     files.close()
 
