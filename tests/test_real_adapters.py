@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -369,7 +370,7 @@ def test_a_hostile_file_is_refused(
 ) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    (adapter / WEIGHTS).symlink_to(hostile_file(real_adapters, name))
+    shutil.copyfile(hostile_file(real_adapters, name), adapter / WEIGHTS)
     if with_config:
         own = real_adapters / "_hostile" / f"{name}.adapter_config.json"
         text = own.read_text() if own.exists() else json.dumps(make_config({"up": linear(2, 2, 8)}))

@@ -15,6 +15,7 @@ Exit codes:
   0   done
   1   failed during the work (NaN, disk, a fault); nothing lies at the output's name
   2   refused before any work (usage, headers, budget); nothing was written
+  75  stopped by a signal or the time limit; --resume goes on
 """
 
 
