@@ -3,7 +3,7 @@
     scripts/mutation-test [--count N] [--seed S] [GROUP …]
 
 Each fault is made in a copy of the package, and the tests that are there for that part are run on
-the copy. A fault that they do not notice survives and is printed; docs/mutants.md names those
+the copy. A fault that they do not notice survives and is printed; docs/reliability.md names those
 that were looked at. Prints one line for each fault on stderr. A fault takes 5 to 60 seconds.
 """
 
