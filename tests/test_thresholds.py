@@ -94,9 +94,13 @@ def test_brackets_that_hold_too_much_are_narrowed(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(pruned(x, stream_of(x, 5000), 0.3), expected(x, 0.3))
 
 
-def test_more_equals_than_may_be_gathered_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thresholds, "PANEL_GATHERED", 100)
-    x = torch.from_numpy(VALUES["few values"](np.random.default_rng(3), 50_000).astype(np.float32))
+@pytest.mark.parametrize("kind", ["few values", "gaussian"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_may_not_be_gathered_is_counted(
+    kind: str, dtype: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(thresholds, "PANEL_GATHERED", 10)
+    x = torch.from_numpy(VALUES[kind](np.random.default_rng(3), 50_000).astype(dtype))
     assert torch.equal(pruned(x, stream_of(x, 1000), 0.5), expected(x, 0.5))
 
 
