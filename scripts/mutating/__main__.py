@@ -32,7 +32,7 @@ GROUPS = {
     ),
     "rules": (
         ("streammerge/rules/*.py", "streammerge/spaces/*.py", "streammerge/kernels/tiles.py"),
-        ("test_identities", "test_restated_against_peft", "test_against_peft"),
+        ("test_identities", "test_thresholds", "test_restated_against_peft", "test_against_peft"),
     ),
     "select": (
         ("streammerge/select.py", "streammerge/kernels/thresholds.py", "streammerge/draw.py"),
