@@ -122,8 +122,8 @@ class _Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
-            # Else the process ends, and may still be cut off on its way.
+        if not (isinstance(error, SystemExit) and error.code == STOPPED):
+            # Else the process is on its way to its end, and may still be cut off on it.
             signal.set_wakeup_fd(self._before)
             os.close(self._ends[1])
 
