@@ -222,8 +222,6 @@ def merge(
     if time_limit is not None:
         deadline = time.monotonic() + parse_duration(time_limit, option="time_limit")
     tell = on_event or _warn
-    if not resume:
-        check_output(Path(output), overwrite=overwrite)
     recipe = make_recipe(
         adapters,
         method=method,
@@ -243,10 +241,8 @@ def merge(
         strict_base=strict_base,
         max_shard_size=max_shard_size,
     )
-    if resume:
-        # Before anything is read: the output may be one of the inputs.
-        Staging(Path(output)).settle(recipe.to_dict())
-        check_output(Path(output), overwrite=overwrite)
+    Staging(Path(output)).settle(recipe.to_dict() if resume else None)
+    check_output(Path(output), overwrite=overwrite)
     with open_cluster(scheduler) as cluster:
         planned, manifests = prepare(
             recipe,

@@ -31,6 +31,7 @@ from making import CONFIG, PREFIX, WEIGHTS, contents, embedding, linear, write_a
 from streammerge import events
 from streammerge.catalog import METHODS, SPACES
 from streammerge.cli import main
+from streammerge.cli.console import _quoted
 
 INSTALLED = Path(sys.executable).with_name("streammerge")
 COMMAND = [str(INSTALLED)] if INSTALLED.exists() else [sys.executable, "-m", "streammerge.cli"]
@@ -427,3 +428,14 @@ def wait_for(there: Callable[[], bool], process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < end, "it does not come"
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "name", [b"plain", b"it's", b"a\nb'c\\d $HOME", b"\x1b[31m0a", b"\xff\xfe", "größer ε".encode()]
+)
+def test_the_command_that_goes_on_can_be_typed(name: bytes) -> None:
+    """Whatever an output is called, what is printed has no control characters and means it."""
+    quoted = _quoted(os.fsdecode(name))
+    assert quoted.isprintable()
+    done = subprocess.run(["bash", "-c", f"printf %s {quoted}"], check=True, capture_output=True)
+    assert done.stdout == name

@@ -171,6 +171,23 @@ def test_killed_where_names_cannot_be_exchanged(
     assert written(out) != before
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_an_input_that_lies_aside(resume: bool, sources: list[Path], tmp_path: Path) -> None:
+    """The output is one of the inputs, and was killed between the two renames."""
+    out, aside = tmp_path / "out", tmp_path / ".out.streammerge-old"
+    paths = [out, sources[1]]
+    streammerge.merge(sources, out, method="cat")
+    streammerge.merge(paths, tmp_path / "undisturbed", method="cat")
+    with pytest.raises(KeyboardInterrupt):
+        streammerge.merge(
+            paths, out, method="cat", overwrite=True, on_event=end_after(2), workers=1
+        )
+    out.rename(aside)
+    streammerge.merge(paths, out, method="cat", overwrite=True, resume=resume)
+    assert (out / WEIGHTS).read_bytes() == (tmp_path / "undisturbed" / WEIGHTS).read_bytes()
+    assert not list(tmp_path.glob(".out*"))
+
+
 # ---------------------------------------------------------------------------------------------
 # What is on the disk is not trusted
 

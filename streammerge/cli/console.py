@@ -159,7 +159,15 @@ def _resuming() -> str:
     words = list(sys.argv[1:])
     if "--resume" not in words:
         words.insert(words.index("merge") + 1 if "merge" in words else len(words), "--resume")
-    return shlex.join(["streammerge", *words])
+    return " ".join(map(_quoted, ["streammerge", *words]))
+
+
+def _quoted(word: str) -> str:
+    """Return a word as a shell takes it, and a terminal shows it: without control characters."""
+    if word.isprintable():
+        return shlex.quote(word)
+    shown = {byte: chr(byte) for byte in range(0x20, 0x7F) if chr(byte) not in "\\'"}
+    return "$'" + "".join(shown.get(byte, f"\\x{byte:02x}") for byte in os.fsencode(word)) + "'"
 
 
 def _report_stopped(message: str, options: dict[str, Any]) -> None:

@@ -8,9 +8,6 @@ never while its process lives.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
-import fcntl
 import json
 import os
 import re
@@ -24,7 +21,6 @@ import xxhash
 
 from streammerge.errors import (
     MergeFailedError,
-    OutputBusyError,
     OutputExistsError,
     PublishedError,
     RefusedError,
@@ -33,6 +29,8 @@ from streammerge.errors import (
     UnfinishedError,
 )
 from streammerge.output.journal import Journal, Unfinished
+from streammerge.output.lock import take_lock
+from streammerge.output.names import exchange, make_directories, sync_directory
 
 MARK_NAME = "streammerge.json"
 """Every output holds it; only a directory that does may be overwritten."""
@@ -123,8 +121,8 @@ class Staging:
 
     def __enter__(self) -> Self:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _take_lock(lock_path(self.output), self.output)
+            make_directories(self.path.parent)
+            self._lock = take_lock(lock_path(self.output), self.output)
             self._restore()
             self._clear_published()
             check_output(self.output, overwrite=self._overwrite)
@@ -191,7 +189,7 @@ class Staging:
             sync_directory(self.path)
             self.journal.publish(_mark(self.path))
             if self.output.exists() and any(self.output.iterdir()):
-                _exchange(self.path, self.output, self._aside)
+                exchange(self.path, self.output, self._aside)
             else:
                 self.path.rename(self.output)
         except OSError as error:
@@ -204,19 +202,20 @@ class Staging:
         # It is there, whatever comes now.
         self._clear(lambda: sync_directory(self.output.parent), "made durable")
 
-    def settle(self, recipe: dict[str, Any]) -> None:
-        """Find out whether the output is what the merge that is to be gone on with has made.
+    def settle(self, recipe: dict[str, Any] | None = None) -> None:
+        """Clear up after a run that was killed while it published, before anything is read: the
+        output may be one of the inputs.
 
         Args:
-            recipe: of the merge, as `Recipe.to_dict` gives it.
+            recipe: of a merge that is to be gone on with, as `Recipe.to_dict` gives it.
 
         Raises:
-            PublishedError: it is; what was left beside it has been removed.
+            PublishedError: the output is what this merge has made.
             OutputBusyError: another merge is writing to it.
         """
         if not self.journal.path.exists():
             return
-        self._lock = _take_lock(lock_path(self.output), self.output)
+        self._lock = take_lock(lock_path(self.output), self.output)
         try:
             self._restore()
             done = self._clear_published()
@@ -305,54 +304,3 @@ def _mark(directory: Path) -> str | None:
         return xxhash.xxh3_128_hexdigest((directory / MARK_NAME).read_bytes())
     except OSError:
         return None
-
-
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-"""fcntl.h and renameat2(2)."""
-
-
-def _exchange(new: Path, old: Path, between: Path) -> None:
-    """Have two directories change names at once, so that neither name is ever without one."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is not None:
-        names = (os.fsencode(new), os.fsencode(old))
-        if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
-            return
-        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    # This file system cannot exchange names: for a moment the old output has another one.
-    old.rename(between)
-    new.rename(old)
-
-
-def _take_lock(path: Path, output: Path) -> int:
-    """Make the lock file if need be and return the descriptor that holds its lock."""
-    while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(lock)
-            raise OutputBusyError(
-                f"{output}: another merge is writing to it (it holds {path})"
-            ) from error
-        except OSError as error:
-            os.close(lock)
-            raise StorageError(f"cannot be locked ({error.strerror})", path=str(path)) from error
-        except BaseException:
-            os.close(lock)
-            raise
-        # The holder may have removed the file between open and lock.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(path.stat(), os.fstat(lock)):
-                return lock
-        os.close(lock)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
