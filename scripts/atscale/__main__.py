@@ -3,11 +3,13 @@
     scripts/scaling project  [--memory SIZE] [--file-system SIZE] [--link SIZE] [--latency SECONDS]
     scripts/scaling overhead [--targets N] [--profile]
     scripts/scaling speedup  [--repeats N]
+    scripts/scaling shared   [--repeats N]
 
 project measures the rates of one core (minutes), plans merges of models that are not here, and
 prints what they would take on 1 to 1,000 workers and what bounds it. overhead merges 45,000 tiny
 targets serially, on threads and on a cluster on loopback. speedup merges on one worker process and
-on two. docs/scaling.md says what the figures are. Some 1 GB of disk under --folder.
+on two; shared does so with one large target, which the two share. docs/scaling.md says what the
+figures are. Some 1 GB of disk under --folder.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ def main() -> None:
         run = overhead.profile if options.profile else overhead.measure
         print(run(folder, options.targets))
     else:
-        print(speedup.measure(folder, options.repeats))
+        layers = speedup.SHARED if options.what == "shared" else speedup.MANY
+        print(speedup.measure(folder, layers, options.repeats))
 
 
 def parse() -> argparse.Namespace:
@@ -39,7 +42,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/scaling", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=["project", "overhead", "speedup"])
+    parser.add_argument("what", choices=["project", "overhead", "speedup", "shared"])
     parser.add_argument("--memory", default="16GiB", help="of each worker [16GiB]")
     parser.add_argument("--file-system", default="10GB", help="of all workers, a second [10GB]")
     parser.add_argument("--link", default="1GB", help="of a worker, a second [1GB]")
@@ -48,7 +51,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--profile", action="store_true", help="where the client's time goes, instead"
     )
-    parser.add_argument("--repeats", type=int, default=3, help="of the speed-up [3]")
+    parser.add_argument("--repeats", type=int, default=3, help="of speedup and shared [3]")
     parser.add_argument("--folder", type=Path, default=Path("/var/tmp/streammerge-scaling"))
     return parser.parse_args()
 

@@ -11,16 +11,22 @@ from atscale.runs import Call, Stages, fresh, make_adapters, say, table, timed
 from clusters import LocalCluster, cluster_of
 from streammerge.budget import MIB
 
-LAYERS = {f"layers.{i}.q_proj": (2048, 2048) for i in range(64)}
+MANY = {f"layers.{i}.q_proj": (2048, 2048) for i in range(64)}
+"""Targets that workers take one by one."""
+
+SHARED = {"lm_head": (14_000, 14_000)}
+"""A target that workers share."""
 
 OPTIONS: dict[str, Any] = {"method": "ties_svd", "density": 0.2}
 
 HEADS = "workers | whole s | working s | tasks' own s | peak of a worker MiB | allowed MiB"
 
 
-def measure(folder: Path, repeats: int) -> str:
+def measure(folder: Path, layers: dict[str, tuple[int, int]], repeats: int) -> str:
     """Measure in turn; return medians and the ratio."""
-    adapters = make_adapters(folder / "square", LAYERS, 8, 16)
+    adapters = make_adapters(
+        folder / "-".join(map(str, next(iter(layers.values())))), layers, 8, 16
+    )
     runs: dict[int, list[tuple[Stages, int, int]]] = {1: [], 2: []}
     for _ in range(repeats):
         for workers, taken in runs.items():

@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 GROUPS = {
     "planner": (
         ("streammerge/planner/*.py", "streammerge/tiling.py"),
-        ("test_plans", "test_refusals", "test_device", "test_same_bytes", "test_lanes",
-         "test_teams", "test_loads_in_peft", "test_peft_faults", "test_memory"),
+        ("test_plans", "test_peft_faults", "test_device", "test_loads_in_peft", "test_refusals",
+         "test_lanes"),
     ),
     "rules": (
         ("streammerge/rules/*.py", "streammerge/spaces/*.py", "streammerge/kernels/tiles.py"),
