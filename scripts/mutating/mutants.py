@@ -50,8 +50,14 @@ class Mutant:
 def mutants(source: str) -> Iterator[Mutant]:
     """Yield every mutant of a file's source."""
     tree = ast.parse(source)
+    # Of sequences that are equally long; that they are is checked there for the reader's sake.
+    checks = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.keyword) and node.arg == "strict"
+    }
     for number, node in enumerate(ast.walk(tree)):
-        if not _can_change(node):
+        if id(node) in checks or not _can_change(node):
             continue
         fresh = copy.deepcopy(tree)
         place = next(n for i, n in enumerate(ast.walk(fresh)) if i == number)
