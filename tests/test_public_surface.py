@@ -27,7 +27,7 @@ PUBLIC = [
     "plan",
     "verify",
 ]
-COMMANDS = {"inspect", "merge", "methods", "plan", "verify"}
+COMMANDS = {"completion", "inspect", "merge", "methods", "plan", "verify"}
 LONGEST_HELP_SECONDS = 0.3
 
 INSTALLED = Path(sys.executable).with_name("streammerge")

@@ -10,13 +10,16 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NoReturn
 
 import click
 
+from streammerge.cli.tables import lay_out, lay_out_facts
+from streammerge.cli.terminal import is_terminal, styled, width
 from streammerge.errors import StoppedError, StreammergeError, printable
 
 
@@ -32,9 +35,49 @@ def remark(text: object) -> None:
         click.echo(printable(text), err=True)
 
 
+def note(text: object) -> None:
+    """Print what the user should know and what stops nothing."""
+    _labelled("note", text, colour="yellow")
+
+
+def tip(*lines: object) -> None:
+    """Print what could be done next; only to a terminal, where a person reads it."""
+    if is_terminal(sys.stderr):
+        for line in lines:
+            _to_stderr(styled(line, sys.stderr, colour=None))
+
+
+def _labelled(label: str, text: object, *, colour: str) -> None:
+    _to_stderr(f"{styled(f'{label}:', sys.stderr, colour=colour, bold=True)} {printable(text)}")
+
+
+def _to_stderr(text: str) -> None:
+    with suppress(OSError):  # nobody may listen any more
+        # Colours have been decided on: click is not to take them out again.
+        click.echo(text, err=True, color=True)
+
+
 def say_json(value: Any) -> None:
     """Print a result for machines to standard output."""
     click.echo(json.dumps(value, allow_nan=False))
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """How a caller wants to be told."""
+
+    as_json: bool = False
+    quiet: bool = False
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Wishes:
+        """Return the wishes among a command's options."""
+        return cls(bool(options.get("as_json")), bool(options.get("quiet")))
+
+    @property
+    def only_json(self) -> bool:
+        """Whether nothing but JSON is to be printed, for what else there is stands in it."""
+        return self.as_json and self.quiet
 
 
 STOPPED = 75
@@ -52,12 +95,14 @@ def with_exit_codes(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except StreammergeError as error:
-            _report(type(error).__name__, str(error), error.exit_code, kwargs)
-            for note in getattr(error, "__notes__", ()):
-                remark(note)
+            wishes = Wishes.of(kwargs)
+            report(type(error).__name__, str(error), error.exit_code, wishes)
+            if not wishes.only_json:
+                for more in getattr(error, "__notes__", ()):
+                    remark(more)
             raise SystemExit(error.exit_code) from error
         except KeyboardInterrupt as error:
-            _report("Stopped", "stopped", 130, kwargs)
+            report("Stopped", "stopped", 130, Wishes.of(kwargs))
             raise SystemExit(130) from error
 
     return run
@@ -141,10 +186,12 @@ class _Watch:
 
 def _cut_off(options: dict[str, Any]) -> NoReturn:
     """End the process at once, whatever its other threads hold and whether anybody listens."""
-    command = _resuming()
-    said = [(2, f"error: stopped\ngo on with: {command}\n")]
-    if options.get("as_json"):
-        said.append((1, _as_json("Stopped", "stopped", STOPPED, resume=command)))
+    command, wishes = _resuming(), Wishes.of(options)
+    said = []
+    if not wishes.only_json:
+        said.append((2, f"error: stopped\ngo on with: {command}\n"))
+    if wishes.as_json:
+        said.append((1, _as_json("Stopped", "stopped", STOPPED, command)))
     try:
         for descriptor, text in said:
             with suppress(OSError):
@@ -171,28 +218,42 @@ def _quoted(word: str) -> str:
 
 
 def _report_stopped(message: str, options: dict[str, Any]) -> None:
-    _report("Stopped", message, STOPPED, options, resume=_resuming())
-    remark(f"go on with: {_resuming()}")
+    wishes = Wishes.of(options)
+    report("Stopped", message, STOPPED, wishes, resume=_resuming())
+    if not wishes.only_json:
+        remark(f"go on with: {_resuming()}")
 
 
-def _report(kind: str, message: str, exit_code: int, options: dict[str, Any], **more: str) -> None:
+def report(
+    kind: str, message: str, exit_code: int, wishes: Wishes, *, resume: str | None = None
+) -> None:
+    """Print what went wrong: for people, and as JSON where that was asked for.
+
+    Args:
+        kind: of the error, as its class is called.
+        message: for people.
+        exit_code: that the command ends with.
+        wishes: of the caller.
+        resume: the command that goes on, where one does.
+    """
     with suppress(OSError):  # nobody may listen any more
-        if options.get("as_json"):
-            click.echo(_as_json(kind, message, exit_code, **more), nl=False)
-    remark(f"error: {message}")
+        if wishes.as_json:
+            click.echo(_as_json(kind, message, exit_code, resume), nl=False)
+    if not wishes.only_json:
+        _labelled("error", message, colour="red")
 
 
-def _as_json(kind: str, message: str, exit_code: int, **more: str) -> str:
+def _as_json(kind: str, message: str, exit_code: int, resume: str | None) -> str:
     """Return a line that says for machines what went wrong."""
-    error = {"type": kind, "message": message, **more}
+    error = {"type": kind, "message": message} | ({"resume": resume} if resume else {})
     return json.dumps({"error": error, "exit_code": exit_code}) + "\n"
 
 
 def table(rows: list[tuple[object, ...]], header: tuple[str, ...]) -> list[str]:
-    """Return the lines of a table with aligned columns."""
-    lines = [header, *[tuple(printable(cell) for cell in row) for row in rows]]
-    widths = [max(len(str(line[i])) for line in lines) for i in range(len(header))]
-    return [
-        "  ".join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
+    """Return the lines of a table with aligned columns, as wide as the terminal at most."""
+    return lay_out([[printable(cell) for cell in row] for row in rows], header, width())
+
+
+def facts(rows: list[tuple[str, object]]) -> list[str]:
+    """Return a line for each name and value; on a terminal long values go on below themselves."""
+    return lay_out_facts([(name, printable(value)) for name, value in rows], width())

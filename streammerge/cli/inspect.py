@@ -7,29 +7,38 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streammerge.cli.console import say, say_json, with_exit_codes
+from streammerge.cli.console import facts, say, say_json, with_exit_codes
 
 if TYPE_CHECKING:
     from streammerge.adapter import Adapter
 
 
-@click.command()
+EXAMPLES = """\b
+Examples:
+  streammerge inspect A B C
+  streammerge inspect A --json
+"""
+
+
+@click.command(epilog=EXAMPLES)
 @click.argument("paths", nargs=-1, required=True, type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 @with_exit_codes
 def inspect(paths: tuple[str, ...], as_json: bool) -> None:
-    """Show what the adapters at PATHS are, from config and headers alone."""
+    """Show what adapters are, from configs and headers alone.
+
+    Base model, modules, ranks, scaling, dtypes, and what is not a LoRA factor. No tensor is read.
+    """
     from streammerge.api import open_adapter
 
-    facts = [_facts(open_adapter(path)) for path in paths]
+    found = [_facts(open_adapter(path)) for path in paths]
     if as_json:
-        say_json(facts)
+        say_json(found)
         return
-    for position, fact in enumerate(facts):
+    for position, about in enumerate(found):
         if position:
             say("")
-        for name, value in fact.items():
-            say(f"{name:<15} {_shown(value)}")
+        say(*facts([(name, _shown(value)) for name, value in about.items()]))
 
 
 def _facts(adapter: Adapter) -> dict[str, Any]:

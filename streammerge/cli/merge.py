@@ -2,48 +2,97 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from streammerge.cli.console import say, say_json, stopped_by_signals, with_exit_codes
-from streammerge.cli.options import merge_options
+from streammerge.cli.console import say, say_json, stopped_by_signals, tip, with_exit_codes
+from streammerge.cli.options import OUTPUT, RUN, merge_options
+from streammerge.cli.plan import show_plan
+from streammerge.cli.program import Sectioned, section
 
 if TYPE_CHECKING:
     from streammerge.api import MergeResult
 
+EXAMPLES = """\b
+Examples:
+  streammerge merge A B -o OUT --weights 0.7,0.3
+  streammerge merge A B C -o OUT --method ties --density 0.2 --weights 2.0,0.3,0.7
+  streammerge merge A B C -o OUT --method dare_ties_svd --density 0.3 --rank 16 --seed 7
+  streammerge merge A B C -o OUT --max-memory 512MiB --time-limit 50m --resume
+"""
 
-@click.command()
+
+@click.command(cls=Sectioned, epilog=EXAMPLES)
 @merge_options
-@click.option("-o", "--output", required=True, type=click.Path(), help="Directory to make.")
-@click.option("--resume", is_flag=True, help="Go on with an unfinished merge, where there is one.")
-@click.option(
-    "--time-limit", metavar="TIME", help="Stop after so long, like 50m; --resume goes on."
+@section(
+    OUTPUT,
+    click.option("-o", "--output", required=True, type=click.Path(), help="Directory to make."),
 )
-@click.option("--quiet", is_flag=True, help="No progress.")
+@section(
+    RUN,
+    click.option("--dry-run", is_flag=True, help="Print what `streammerge plan` prints; no more."),
+    click.option(
+        "--resume", is_flag=True, help="Go on with an unfinished merge, where there is one."
+    ),
+    click.option(
+        "--time-limit", metavar="TIME", help="Stop after so long, like 50m; --resume goes on."
+    ),
+    click.option(
+        "--quiet", is_flag=True, help="No progress; with --json nothing but the JSON, notes in it."
+    ),
+)
 @with_exit_codes
-@stopped_by_signals
 def merge(
-    adapters: tuple[str, ...], output: str, quiet: bool, as_json: bool, **options: Any
+    adapters: tuple[str, ...],
+    *,
+    output: str,
+    dry_run: bool,
+    resume: bool,
+    time_limit: str | None,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
-    """Merge ADAPTERS (PEFT directories) into one adapter.
+    """Merge adapters into one.
 
-    \b
-    streammerge merge A B C -o OUT --method ties --weights 2.0,0.3,0.7 --density 0.2
+    ADAPTERS are PEFT directories, in the order of their weights. The output is an ordinary PEFT
+    adapter; it appears whole, or not at all.
 
     Stopped by SIGTERM, SIGINT or --time-limit it keeps what is done, exits with 75 and prints the
     command that goes on; killed by anything else, the same command with --resume goes on.
     """
+    if dry_run:
+        show_plan(adapters, output, as_json=as_json, notes=not (quiet and as_json), **options)
+        return
+    run = {"resume": resume, "time_limit": time_limit, **options}
+    _merge(adapters, output, quiet=quiet, as_json=as_json, options=run)
+
+
+@stopped_by_signals
+def _merge(
+    adapters: tuple[str, ...], output: str, *, quiet: bool, as_json: bool, options: dict[str, Any]
+) -> None:
     from streammerge.api import merge as run
     from streammerge.cli.progress import Progress
 
-    with Progress(quiet=quiet) as progress:
+    with Progress(quiet=quiet, notes=not (quiet and as_json)) as progress:
         result = run(adapters, output, on_event=progress, **options)
     if as_json:
         say_json(_facts(result))
-    else:
-        say(*_summary(result))
+        return
+    say(*_summary(result))
+    if not quiet:
+        tip(*_next_steps(output))
+
+
+def _next_steps(output: str) -> tuple[str, ...]:
+    return (
+        f"load it:   PeftModel.from_pretrained(model, {output!r})",
+        f"check it:  {shlex.join(['streammerge', 'verify', output])}",
+    )
 
 
 def _summary(result: MergeResult) -> list[str]:

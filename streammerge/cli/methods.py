@@ -5,13 +5,23 @@ from __future__ import annotations
 import click
 
 from streammerge.catalog import METHODS, RULES, SPACES
-from streammerge.cli.console import say, say_json, table
+from streammerge.cli.console import facts, say, say_json, table
+
+EXAMPLES = """\b
+Examples:
+  streammerge methods
+  streammerge methods --json
+"""
 
 
-@click.command()
+@click.command(epilog=EXAMPLES)
 @click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 def methods(as_json: bool) -> None:
-    """List the methods: rule, space, what they need, what they do."""
+    """List the methods: rule, space, what they need.
+
+    A rule says how several tensors become one, a space what it is applied to: the factors A and B
+    on their own, or the deltas that they make.
+    """
     rows: list[tuple[object, ...]] = []
     for method in METHODS.values():
         rule, space = RULES[method.rule], SPACES[method.space]
@@ -25,5 +35,4 @@ def methods(as_json: bool) -> None:
         say_json([dict(zip(header, row, strict=True)) for row in rows])
         return
     say(*table(rows, header), "")
-    for space in SPACES.values():
-        say(f"space {space.name}: {space.summary}")
+    say(*facts([(f"space {space.name}:", space.summary) for space in SPACES.values()]))

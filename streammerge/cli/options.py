@@ -6,8 +6,36 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from streammerge.catalog import METHODS, SPACES
+from streammerge.cli.program import section
+from streammerge.recipe import COMPUTE_DTYPES, EXTRAS, MAJORITY_SIGNS, OUTPUT_DTYPES
+
+OUTPUT = "Output"
+RUN = "Run"
+"""Headings that the commands have options of their own under."""
+
+
+class Word(click.ParamType[Any]):
+    """A word, one of those that a shell proposes; the recipe checks it, as for a Python call."""
+
+    def __init__(self, *words: str, name: str = "") -> None:
+        self.words = words
+        self.name = name or "|".join(words)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:  # noqa: ARG002
+        """Return what stands for the value in the help."""
+        return self.name
+
+    def shell_complete(
+        self,
+        ctx: click.Context,  # noqa: ARG002
+        param: click.Parameter,  # noqa: ARG002
+        incomplete: str,
+    ) -> list[CompletionItem[str]]:
+        """Return the words that begin so."""
+        return [CompletionItem(word) for word in self.words if word.startswith(incomplete)]
 
 
 class Numbers(click.ParamType[tuple[float, ...]]):
@@ -25,10 +53,8 @@ class Numbers(click.ParamType[tuple[float, ...]]):
             self.fail(f"{value!r} is not a list of numbers such as 2.0,0.3,0.7", param, ctx)
 
 
-class Scaling(click.ParamType[str | float]):
+class Scaling(Word):
     """The words config and tensor, or a number."""
-
-    name = "config|tensor|VALUE"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -42,54 +68,96 @@ class Scaling(click.ParamType[str | float]):
             self.fail(f"{value!r} is none of config, tensor, or a number", param, ctx)
 
 
-_METHOD_HELP = "One of: " + ", ".join(METHODS) + "."
+_METHOD_HELP = "`streammerge methods` lists them: " + ", ".join(METHODS) + "."
 
-_OPTIONS = (
-    click.option("--method", default="svd", show_default=True, help=_METHOD_HELP),
-    click.option("--space", help=f"Instead of the method's own: {', '.join(SPACES)}."),
-    click.option("--weights", type=Numbers(), help="One for each adapter.  [default: 1.0 each]"),
-    click.option("--density", type=float, help="Share of elements kept, 0 to 1."),
-    click.option("--rank", type=int, help="Of the output.  [default: the largest of the inputs]"),
+_RULE = (
+    click.option(
+        "--method",
+        type=Word(*METHODS, name="NAME"),
+        default="svd",
+        show_default=True,
+        help=_METHOD_HELP,
+    ),
+    click.option(
+        "--weights",
+        type=Numbers(),
+        help="One number for each adapter; they are not normalised.  [default: 1.0 each]",
+    ),
+    click.option(
+        "--density",
+        type=float,
+        metavar="SHARE",
+        help="Share of the elements that ties, dare and magnitude_prune keep, 0 to 1.",
+    ),
+    click.option(
+        "--rank",
+        type=int,
+        metavar="R",
+        help="Of the output, for svd and …_svd.  [default: the largest of the inputs]",
+    ),
+    click.option(
+        "--space",
+        type=Word(*SPACES),
+        help="What the rule is applied to, instead of the method's own.",
+    ),
     click.option(
         "--majority-sign",
+        type=Word(*MAJORITY_SIGNS),
         default="total",
         show_default=True,
-        metavar="total|frequency",
-        help="How ties elects a sign.",
+        help="How ties elects a sign: of the sum, or of the most adapters.",
     ),
-    click.option("--clamp", type=float, help="Clamp truncated factors at this quantile, 0 to 1."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of DARE's masks."),
     click.option(
-        "--dtype",
-        default="auto",
+        "--clamp",
+        type=float,
+        metavar="QUANTILE",
+        help="Clamp truncated factors at this quantile, 0 to 1.",
+    ),
+    click.option(
+        "--seed",
+        type=int,
+        metavar="N",
+        default=0,
         show_default=True,
-        metavar="auto|float32|float16|bfloat16|float64",
-        help="Of the output; auto is the widest of the inputs.",
+        help="Of what dare drops: the same seed, the same bytes.",
     ),
-    click.option(
-        "--compute-dtype", default="float32", show_default=True, metavar="float32|float64"
-    ),
+)
+
+_INPUTS = (
+    click.option("--include", metavar="RE", help="Merge only modules in whose name RE is found."),
+    click.option("--exclude", metavar="RE", help="Leave out modules in whose name RE is found."),
     click.option(
         "--extras",
+        type=Word(*EXTRAS),
         default="error",
         show_default=True,
-        metavar="error|drop",
         help="What to do about tensors that are not LoRA factors (heads, biases).",
     ),
     click.option(
-        "--scaling", type=Scaling(), help="Where a config does not explain a tensor's rank."
+        "--scaling",
+        type=Scaling("config", "tensor", name="config|tensor|VALUE"),
+        help="Where a config does not explain a tensor's rank: alpha over the config's rank, "
+        "over the tensor's, or this number.",
     ),
-    click.option("--include", metavar="RE", help="Merge only targets in whose name RE is found."),
-    click.option("--exclude", metavar="RE", help="Leave out targets in whose name RE is found."),
     click.option("--strict-base", is_flag=True, help="Refuse adapters of different base models."),
+)
+
+_MACHINE = (
     click.option(
         "--max-memory",
         metavar="SIZE",
-        help="For each process, like 512MiB.  [default: what the machine grants]",
+        help="For the whole process, like 512MiB; on a cluster, for each worker's.  "
+        "[default: what the machine grants]",
     ),
-    click.option("--workers", type=int, help="Tasks at once.  [default: the number of cores]"),
+    click.option(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="Tasks at once on this machine.  [default: the number of cores]",
+    ),
     click.option(
         "--device",
+        type=Word("cpu", "auto", "cuda", "cuda:0", "cuda:1", "xpu", name="NAME"),
         default="cpu",
         show_default=True,
         help="cpu, cuda, cuda:1, xpu, …; auto: the accelerator, where that is projected faster.",
@@ -99,32 +167,66 @@ _OPTIONS = (
     ),
     click.option(
         "--io",
+        type=Word("mmap", "pread"),
         default="mmap",
         show_default=True,
-        metavar="mmap|pread",
         help="How inputs are read; pread suits network file systems.",
     ),
     click.option(
         "--scratch",
         type=click.Path(),
-        help="Directory for tiles that do not fit into memory, or none.  [default: beside OUT]",
+        metavar="DIR",
+        help="For tiles that do not fit into memory, or none.  [default: beside OUT]",
     ),
     click.option(
         "--scheduler",
+        type=click.Path(),
         metavar="ADDRESS|FILE",
         help="Of a dask cluster that does the work, like tcp://host:8786.",
     ),
     click.option(
-        "--mixed-hardware", is_flag=True, help="Let workers of a cluster round differently."
+        "--mixed-hardware",
+        is_flag=True,
+        help="Let workers that round differently take part; bytes then depend on which did what.",
     ),
-    click.option("--max-shard-size", metavar="SIZE", help="Write shards and an index."),
-    click.option("--overwrite", is_flag=True, help="Replace an earlier output of streammerge."),
-    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    click.option(
+        "--compute-dtype",
+        type=Word(*COMPUTE_DTYPES),
+        default="float32",
+        show_default=True,
+        help="Of the arithmetic; float64 is slower, to check with.",
+    ),
 )
+
+_OUTPUT = (
+    click.option(
+        "--dtype",
+        type=Word(*OUTPUT_DTYPES, name="NAME"),
+        default="auto",
+        show_default=True,
+        help="float32, float16, bfloat16 or float64; auto: the widest of the inputs.",
+    ),
+    click.option(
+        "--max-shard-size",
+        metavar="SIZE",
+        help="Write files of at most this size, and an index.  [default: one file]",
+    ),
+    click.option("--overwrite", is_flag=True, help="Replace an earlier output of streammerge."),
+)
+
+_RUN = (click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),)
+
+_SECTIONS = {
+    "What to make": _RULE,
+    "What to take": _INPUTS,
+    "Memory and machine": _MACHINE,
+    OUTPUT: _OUTPUT,
+    RUN: _RUN,
+}
 
 
 def merge_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the adapters and all shared options to a command."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
+    for title, options in reversed(_SECTIONS.items()):
+        command = section(title, *options)(command)
     return click.argument("adapters", nargs=-1, required=True, type=click.Path())(command)

@@ -3,26 +3,51 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from streammerge.cli.console import remark, say, say_json, table, with_exit_codes
-from streammerge.cli.options import merge_options
+from streammerge.cli.console import facts, note, say, say_json, table, tip, with_exit_codes
+from streammerge.cli.options import OUTPUT, merge_options
+from streammerge.cli.program import Sectioned, section
 
 if TYPE_CHECKING:
     from streammerge.plans import Plan
 
 SHOWN_TASKS = 8
 
+EXAMPLES = """\b
+Examples:
+  streammerge plan A B C --method ties_svd --density 0.2
+  streammerge plan A B C --method ties_svd --density 0.2 --max-memory 512MiB
+  streammerge plan A B C --json
+"""
 
-@click.command()
+
+@click.command(cls=Sectioned, epilog=EXAMPLES)
 @merge_options
-@click.option("-o", "--output", type=click.Path(), help="Checked if given; nothing is written.")
+@section(
+    OUTPUT,
+    click.option("-o", "--output", type=click.Path(), help="Checked if given; nothing is written."),
+)
 @with_exit_codes
 def plan(adapters: tuple[str, ...], output: str | None, as_json: bool, **options: Any) -> None:
-    """Show what merging ADAPTERS would read, write and hold. Runs nothing."""
+    """Show what a merge would read, write and hold. Runs nothing.
+
+    It is read off the adapters' headers alone. What does not fit --max-memory is refused, with the
+    smallest that works.
+    """
+    show_plan(adapters, output, as_json=as_json, notes=True, **options)
+
+
+def show_plan(
+    adapters: tuple[str, ...], output: str | None, *, as_json: bool, notes: bool, **options: Any
+) -> None:
+    """Print the plan of a merge; `options` are those of the Python call."""
     from streammerge.api import plan as make
 
     made = make(adapters, output, **options)
@@ -30,8 +55,19 @@ def plan(adapters: tuple[str, ...], output: str | None, as_json: bool, **options
         say_json(json.loads(made.to_json()))
         return
     say(*_totals(made), "", *_largest(made))
-    for notice in made.notices:
-        remark(f"note: {notice}")
+    if notes:
+        for notice in made.notices:
+            note(notice)
+    tip(f"merge it:  {_merging(sys.argv[1:], output)}")
+
+
+def _merging(words: Sequence[str], output: str | None) -> str:
+    """Return the command line that does what was planned."""
+    kept = [word for word in words if word != "--dry-run"]
+    if "plan" in kept:
+        kept[kept.index("plan")] = "merge"
+    where = [] if output else ["-o", "OUT"]
+    return shlex.join(["streammerge", *kept, *where])
 
 
 def _totals(plan: Plan) -> list[str]:
@@ -39,7 +75,7 @@ def _totals(plan: Plan) -> list[str]:
 
     ranks = Counter(task.rank for task in plan.tasks)
     routes = Counter(task.route for task in plan.tasks)
-    rows: list[tuple[object, ...]] = [
+    rows: list[tuple[str, object]] = [
         ("method", f"{plan.recipe['method']}: rule {plan.rule}, space {plan.space}"),
         ("adapters", len(plan.recipe["adapters"])),
         ("targets", len(plan.tasks)),
@@ -54,11 +90,11 @@ def _totals(plan: Plan) -> list[str]:
         ("memory projected", f"{format_size(plan.projected_bytes)} at most"),
         ("device", _device(plan)),
         ("merged matrix", _kept(plan)),
-        ("scratch", f"{format_size(plan.scratch_bytes)} at most" if plan.scratch else "none"),
+        ("scratch", _scratch(plan)),
         ("arithmetic", f"{sum(task.flops for task in plan.tasks) / 1e9:.2f} Gflop"),
-        ("time, roughly", f"{plan.seconds:.0f} s"),
+        ("time, roughly", f"{plan.seconds:.0f} s" if plan.seconds >= 1 else "under a second"),
     ]
-    return [f"{name:<17} {value}" for name, value in rows]
+    return facts(rows)
 
 
 def _concurrency(plan: Plan) -> str:
@@ -77,6 +113,16 @@ def _counts(counts: Counter[Any]) -> str:
     if len(counts) == 1:
         return str(next(iter(counts)))
     return ", ".join(f"{value} ({count} targets)" for value, count in counts.most_common(6))
+
+
+def _scratch(plan: Plan) -> str:
+    from streammerge.budget import format_size
+
+    if plan.scratch is None:
+        return "none"
+    if not plan.scratch_bytes:
+        return "nothing goes there"
+    return f"{format_size(plan.scratch_bytes)} at most, in {plan.scratch}"
 
 
 def _device(plan: Plan) -> str:

@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import Any
 
 from streammerge import events
-from streammerge.cli.console import remark
+from streammerge.cli.console import note, remark
+from streammerge.cli.terminal import is_terminal
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -16,8 +17,9 @@ SECONDS_BETWEEN_LINES = 30.0
 class Progress:
     """Listens to a run's events and shows how far it is, on standard error."""
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, *, quiet: bool, notes: bool = True) -> None:
         self._quiet = quiet
+        self._notes = notes
         self._bar: Any = None
         self._total = 0
         self._done = 0
@@ -37,8 +39,8 @@ class Progress:
 
     def __call__(self, event: events.Event) -> None:
         """Take one event."""
-        if isinstance(event, events.Notice):
-            remark(f"note: {event.message}")
+        if isinstance(event, events.Notice) and self._notes:
+            note(event.message)
         if self._quiet:
             return
         if isinstance(event, events.Resumed):
@@ -46,7 +48,7 @@ class Progress:
         if isinstance(event, events.Planned):
             self._total = event.read_bytes
             self._began = self._last = time.monotonic()
-            if sys.stderr.isatty():
+            if is_terminal(sys.stderr):
                 self._open_bar()
         elif isinstance(event, events.TaskDone):
             self._advance(event.read_bytes)
