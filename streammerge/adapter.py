@@ -163,14 +163,23 @@ class Factor:
 
 @dataclass(frozen=True, repr=False)
 class Adapter:
-    """One adapter on disk."""
+    """One adapter on disk, as its config and headers say; it holds no tensor's data.
+
+    Its length is the number of its targets; a row is one of them.
+    """
 
     path: str
+    """The directory, as it was given."""
     config: AdapterConfig | None
+    """What its config says; None where there is none."""
     files: tuple[TensorFile, ...]
+    """Of its weights."""
     table: NameTable
+    """Names of targets, shared by all adapters of a run."""
     columns: Columns
+    """Where each target's factors lie; arrays of one length, a row for each target."""
     prefixes: tuple[str, ...] = (PREFIX,)
+    """What stands before the modules' paths in the files."""
     extras: tuple[str, ...] = ()
     """Tensors in the files that are not LoRA factors."""
 

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge import events
 from streammerge.adapter import Adapter, NameTable
-from streammerge.budget import CPU, parse_duration
+from streammerge.budget import CPU, format_size, parse_duration
+from streammerge.cards import card
 from streammerge.errors import printable
 from streammerge.output.record import write_timings
 from streammerge.output.staging import Staging, check_output
-from streammerge.plans import Plan
+from streammerge.plans import SHOWN, Plan
 from streammerge.preparation import StrPath, make_recipe, open_cluster, prepare
 from streammerge.readers import read_adapter
 from streammerge.verification import verify
@@ -33,16 +34,45 @@ class MergeResult:
     """What a merge leaves behind."""
 
     output: Path
+    """The directory that was made."""
     plan: Plan
+    """What was done, as it was planned."""
     modules: tuple[ModuleReport, ...]
+    """What became of each target, in the plan's order."""
     notices: tuple[str, ...]
+    """What the user should know and what stopped nothing."""
     seconds: float
+    """How long it took, from the call on."""
 
     def __repr__(self) -> str:
         return (
             f"MergeResult({str(self.output)!r}: {len(self.modules)} targets, "
             f"{self.plan.write_bytes:,} bytes, {self.seconds:.1f} s)"
         )
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the totals, and the targets that lost most."""
+        modules = sorted(self.modules, key=lambda module: -(module.relative_error or 0.0))
+        facts = [
+            ("output", str(self.output)),
+            ("method", str(self.plan.recipe["method"])),
+            ("adapters", f"{len(self.plan.recipe['adapters']):,}"),
+            ("targets", f"{len(modules):,}"),
+            ("bytes", format_size(self.plan.write_bytes)),
+            ("seconds", f"{self.seconds:.1f}"),
+            *(("note", notice) for notice in self.notices[:SHOWN]),
+        ]
+        rows = [
+            (
+                module.target,
+                f"{module.m}×{module.n}",
+                str(module.rank),
+                "–" if module.relative_error is None else f"{module.relative_error:.3g}",
+            )
+            for module in modules[:SHOWN]
+        ]
+        header = ("target", "shape", "rank", "relative error")
+        return card("MergeResult", facts, header, rows, more=len(modules) - len(rows))
 
 
 def open_adapter(path: StrPath) -> Adapter:
@@ -90,7 +120,7 @@ def plan(
     """Return what a merge would read, write and hold, from the adapters' headers alone.
 
     The arguments are those of `merge`; nothing is written, and `output`, when given, is only
-    checked.
+    checked. Sizes in the plan are bytes, times seconds.
 
     Raises:
         RefusedError: a subclass of it says why the merge cannot be done.
@@ -207,6 +237,9 @@ def merge(
             has done is read back and checked. The bytes are those of an undisturbed run.
         time_limit: stop after this long, in seconds or like "50m"; what is done is kept.
         on_event: called with what happens; notices become Python warnings when None.
+
+    Returns:
+        Where the output lies, what was planned, and what became of each target.
 
     Raises:
         RefusedError: before any work, a subclass of it says why; nothing was written.

@@ -24,16 +24,20 @@ VERSION = metadata.version("streammerge")
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """What became of one target."""
+    """What became of one target: a weight matrix of m × n that adapters change."""
 
     target: str
+    """The module's path in the model."""
     m: int
+    """Outputs of the module: rows of B."""
     n: int
+    """Inputs of the module: columns of A."""
     rank: int
     """Of the output."""
     adapters: int
     """How many have this target."""
     route: str
+    """How it was computed, as `streammerge.plans.Route` names it."""
     kept_energy: float | None
     """Share of the merged matrix's energy that the truncated pair keeps; None where nothing is
     truncated, or where a rule on factors has no merged matrix."""

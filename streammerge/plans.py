@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from streammerge.budget import CPU
+from streammerge.budget import CPU, format_size
+from streammerge.cards import card
 from streammerge.tiling import row_tiles
 
 Route = Literal["concatenate", "fold", "core", "gram", "sum", "dense", "krylov"]
@@ -28,6 +29,9 @@ the tiles of the merged matrix."""
 
 ARITHMETIC_RATE = 1e10
 """Operations a second on one core, products and element-wise work together."""
+
+SHOWN = 8
+"""Targets and notices that a notebook shows of a plan."""
 
 DISK_RATE = 5e8
 """Bytes a second."""
@@ -138,17 +142,25 @@ class Plan:
     recipe: dict[str, Any]
     """As `Recipe.to_dict` gives it."""
     rule: str
+    """How several tensors become one, as the catalog names it."""
     space: str
+    """What the rule is applied to, as the catalog names it."""
     dtype: str
     """Of the output, as torch spells it."""
     tasks: tuple[Task, ...]
+    """One for each target, in the output's order."""
     sources: Sources
+    """Which rows of which adapters the tasks read."""
     files: tuple[OutputFile, ...]
+    """Of the output's weights."""
     config: dict[str, Any]
     """The output's adapter_config.json."""
     allowed_bytes: int
+    """What the whole process may hold."""
     allowed_origin: str
+    """Who says so, for people."""
     reserved_bytes: int
+    """What the process takes by itself: interpreter, libraries, threads."""
     concurrency: int
     """Threads: as many tasks are in flight at once, or lanes of one."""
     device: str = CPU
@@ -156,11 +168,13 @@ class Plan:
     device_origin: str = "as asked"
     """Why there, for people."""
     device_allowed_bytes: int = 0
+    """What may be held of the device's memory; 0 on the CPU."""
     io: str = "mmap"
     """How inputs are read: "mmap" or "pread"."""
     scratch: str | None = None
     """Directory for tiles that do not fit into memory."""
     notices: tuple[str, ...] = ()
+    """What the user should know and what stops nothing."""
 
     @property
     def read_bytes(self) -> int:
@@ -210,6 +224,27 @@ class Plan:
             f"{self.write_bytes:,}, holds at most {self.projected_bytes:,} of "
             f"{self.allowed_bytes:,})"
         )
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the totals, and the targets that hold most."""
+        tasks = sorted(self.tasks, key=lambda task: (-task.projected_bytes, task.target))
+        facts = [
+            ("method", f"{self.recipe['method']}: rule {self.rule}, space {self.space}"),
+            ("adapters", f"{len(self.recipe['adapters']):,}"),
+            ("targets", f"{len(tasks):,}"),
+            ("reads", format_size(self.read_bytes)),
+            ("writes", f"{format_size(self.write_bytes)}, {self.dtype}"),
+            ("holds", f"{format_size(self.projected_bytes)} at most"),
+            ("allowed", f"{format_size(self.allowed_bytes)}, {self.allowed_origin}"),
+            ("time, roughly", f"{self.seconds:,.1f} s"),
+            *(("note", notice) for notice in self.notices[:SHOWN]),
+        ]
+        rows = [
+            (task.target, f"{task.m}×{task.n}", str(task.rank), format_size(task.projected_bytes))
+            for task in tasks[:SHOWN]
+        ]
+        header = ("target", "shape", "rank", "holds")
+        return card("Plan", facts, header, rows, more=len(tasks) - len(rows))
 
     def to_json(self) -> str:
         """Return the plan as JSON; `Plan.from_json` takes it back."""

@@ -19,8 +19,11 @@ class Verification:
     """What was checked of an output, all of it found right."""
 
     path: Path
+    """The output's directory."""
     targets: int
+    """How many modules it changes."""
     tensors: int
+    """How many factors it holds, two for each target."""
     checksums: bool
     """Whether there was a record with checksums; without one only headers, shapes and config
     were checked."""
@@ -30,6 +33,9 @@ def verify(path: str | os.PathLike[str]) -> Verification:
     """Check an output from its files alone: every checksum, and shapes against the config.
 
     An adapter without a streammerge.json is checked as far as headers and config go.
+
+    Args:
+        path: the output's directory.
 
     Raises:
         VerificationError: something is not as it was written.
