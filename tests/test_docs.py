@@ -1,0 +1,243 @@
+"""The pages: what they show is run, the site is built from them, and every link leads somewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from doc_blocks import Block, blocks_of, is_shell, run_page
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DOCS = REPOSITORY / "docs"
+PAGES = [REPOSITORY / "README.md", *sorted(DOCS.rglob("*.md"))]
+PEFT_PAGES = [DOCS / "from-peft.md"]
+"""They load PEFT, which a process that is to stay within a memory limit must not have."""
+MOST_NOT_RUN = 12
+
+
+def named(path: Path) -> str:
+    return path.relative_to(REPOSITORY).as_posix()
+
+
+# ---------------------------------------------------------------------------------------------
+# Blocks
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, list[dict[str, Any]]]:
+    """What became of every block, page by page, all run by one process."""
+    pages = [str(page) for page in PAGES if page not in PEFT_PAGES]
+    command = [sys.executable, str(Path(__file__).with_name("doc_blocks.py")), *pages]
+    path = os.pathsep.join([str(REPOSITORY / "tests"), str(REPOSITORY), *sys.path])
+    found = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert found.returncode == 0, found.stderr
+    results: dict[str, list[dict[str, Any]]] = {page: [] for page in pages}
+    for line in found.stdout.splitlines():
+        result = json.loads(line)
+        results[result["path"]].append(result)
+    return results
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in PEFT_PAGES], ids=named)
+def test_what_a_page_shows_is_so(page: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
+    wrong = [
+        f"{named(page)}:{result['line']}: {result['wrong']}"
+        for result in runs[str(page)]
+        if result["wrong"]
+    ]
+    assert not wrong, "\n".join(wrong)
+    assert len(runs[str(page)]) == len(list(blocks_of(page)))
+
+
+def test_the_same_merge_by_peft_and_by_streammerge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page has one call beside the other; what both have written is compared here."""
+    (page,) = PEFT_PAGES
+    compared = 0
+    for block, wrong in run_page(page):
+        assert wrong is None, f"{named(page)}:{block.line}: {wrong}"
+        if "streammerge.merge(" in block.text:
+            compared += compare(Path("PEFT/merged"), Path("OUT"))
+    assert compared >= 3
+    monkeypatch.undo()
+
+
+def compare(theirs: Path, ours: Path) -> int:
+    """Compare the deltas of two adapters; 1 where there was something to compare."""
+    deltas = [deltas_of(path) for path in (theirs, ours)]
+    assert deltas[0].keys() == deltas[1].keys()
+    assert deltas[0]
+    for target, delta in deltas[0].items():
+        scale = np.abs(delta).max()
+        np.testing.assert_allclose(deltas[1][target], delta, atol=2e-4 * scale, rtol=0)
+    return 1
+
+
+def deltas_of(path: Path) -> dict[str, np.ndarray]:
+    config = json.loads((path / "adapter_config.json").read_text())
+    tensors = load_file(path / "adapter_model.safetensors")
+    suffix = ".lora_A.weight"
+    targets = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
+    return {
+        target: tensors[f"{target}.lora_B.weight"].astype(np.float64)
+        @ tensors[f"{target}{suffix}"].astype(np.float64)
+        * config["lora_alpha"]
+        / config["r"]
+        for target in targets
+    }
+
+
+def test_few_blocks_are_not_run_and_each_says_why() -> None:
+    skipped = [block for page in PAGES for block in blocks_of(page) if block.not_run]
+    listed = "\n".join(f"{block.page}:{block.line}: {block.not_run}" for block in skipped)
+    assert len(skipped) <= MOST_NOT_RUN, listed
+    assert all(len(block.not_run or "") > 10 for block in skipped), listed
+    # One page needs a cluster; elsewhere it is the exception.
+    counts = Counter(block.page for block in skipped)
+    assert all(count <= 3 for page, count in counts.items() if page != "clusters.md"), listed
+
+
+def test_blocks_are_found_with_what_is_said_of_them(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A\n\n```\nstreammerge x \\\n    --json\n```\n\n<!-- not run: no cluster here -->\n"
+        "```bash\nfalse\n```\n\n<!-- exit: 2 -->\n\ntext\n\n```text\nplain\n```\n"
+    )
+    assert list(blocks_of(page)) == [
+        Block("page.md", 3, "", "streammerge x \\\n    --json\n"),
+        Block("page.md", 9, "bash", "false\n", not_run="no cluster here"),
+        Block("page.md", 17, "text", "plain\n"),
+    ]
+    assert [is_shell(block) for block in blocks_of(page)] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("```\nstreammerge merg A\n```", "No such command"),
+        ("```\nstreammerge verify A\nstreammerge verify D\n```", "exit code 2, not 0"),
+        ("<!-- exit: 2 -->\n```\nstreammerge verify A\n```", "exit code 0, not 2"),
+        ("```bash\nrm -rf /\n```", "neither streammerge's"),
+        ("```bash\nif\n```", "syntax error"),
+        ("<!-- not run: because -->\n```bash\nif\n```", "syntax error"),
+        ("```python\nassert 1 == 2\n```", "AssertionError"),
+        ("```json\n{\n```", "JSONDecodeError"),
+        ("```perl\n```", "nobody runs 'perl'"),
+        ("```\nstreammerge verify A | grep never\n```", "exit code 1"),
+    ],
+)
+def test_a_block_that_is_wrong_is_noticed(text: str, wrong: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    ((_, found),) = run_page(page)
+    assert found is not None
+    assert wrong in found
+
+
+# ---------------------------------------------------------------------------------------------
+# The site
+
+
+class Page(HTMLParser):
+    """What a page of the site points to, loads, and can be pointed to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.loads: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if given.get("id"):
+            self.anchors.add(str(given["id"]))
+        if tag == "a" and given.get("href"):
+            self.links.append(str(given["href"]))
+        if tag in {"script", "img", "link", "iframe"}:
+            found = given.get("src") or given.get("href")
+            if found and given.get("rel") not in {"canonical"}:
+                self.loads.append(found)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built as scripts/docs builds it."""
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
+    found = subprocess.run(
+        [*command, str(DOCS), str(out)], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    return out
+
+
+def test_every_page_is_in_the_navigation(site: Path) -> None:
+    front = Page((site / "index.html").read_text(encoding="utf-8"))
+    linked = {link.partition("#")[0] for link in front.links}
+    for page in DOCS.glob("*.md"):
+        if page.stem != "index":
+            assert f"{page.stem}.html" in linked
+
+
+def test_every_link_and_anchor_leads_somewhere(site: Path) -> None:
+    pages = {
+        path: Page(path.read_text(encoding="utf-8"))
+        for path in site.rglob("*.html")
+        if path.name not in {"genindex.html", "search.html", "py-modindex.html"}
+    }
+    assert len(pages) > 20
+    lost = []
+    for path, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            there = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            anchors = pages[there].anchors if there in pages else None
+            if not there.exists() or (
+                parts.fragment and anchors is not None and unquote(parts.fragment) not in anchors
+            ):
+                lost.append(f"{path.relative_to(site)}: {link}")
+    assert not lost, "\n".join(lost)
+
+
+def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
+    for path in site.rglob("*.html"):
+        for loaded in Page(path.read_text(encoding="utf-8")).loads:
+            assert not urlsplit(loaded).netloc, f"{path.name}: {loaded}"
+    for path in site.rglob("*.css"):
+        assert not re.findall(r"url\(\s*['\"]?(?:https?:)?//", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", [REPOSITORY / "README.md", REPOSITORY / "SECURITY.md"], ids=named)
+def test_links_of_pages_outside_the_site(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not urlsplit(link).scheme:
+            assert (page.parent / link.partition("#")[0]).exists(), link
+
+
+def test_the_reference_has_every_public_name(site: Path) -> None:
+    import streammerge
+
+    anchors = Page((site / "api.html").read_text(encoding="utf-8")).anchors
+    for name in streammerge.__all__:
+        found = getattr(streammerge, name)
+        assert {f"streammerge.{name}", f"{found.__module__}.{name}"} & anchors, name
