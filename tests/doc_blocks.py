@@ -8,6 +8,7 @@ A comment before a block says how it is meant:
     <!-- not run: REASON -->   it is only read (bash: its grammar is checked)
     <!-- file: NAME -->        its text is a file in the folder, for blocks that come later
     <!-- exit: CODE -->        its last command ends with this exit code
+    <!-- into: FILE TABLE -->  it is put into the source of the package, by a test of its own
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Block:
     text: str
     not_run: str | None = None
     file: str | None = None
+    into: str | None = None
     exit_code: int = 0
 
 
@@ -76,6 +78,7 @@ def blocks_of(page: Path) -> Iterator[Block]:
                 token.content,
                 said.get("not run"),
                 said.get("file"),
+                said.get("into"),
                 int(said.get("exit", 0)),
             )
             before = ""
@@ -103,14 +106,19 @@ class Session:
         self.folder = folder
         self.names: dict[str, Any] = {"__name__": "__main__"}
         for seed, name in enumerate("ABC"):
-            write_adapter(folder / name, TARGETS, seed=seed, task_type=None)
+            base = {"task_type": None, "base_model_name_or_path": None}
+            write_adapter(folder / name, TARGETS, seed=seed, **base)
 
     def run(self, block: Block) -> str | None:
         """Run a block; what went wrong, or None."""
         if block.not_run:
             return self._grammar(block)
+        if block.into:
+            return None
         if block.file:
-            (self.folder / block.file).write_text(block.text)
+            path = self.folder / block.file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block.text)
             return None
         if block.language == "python":
             return self._python(block)

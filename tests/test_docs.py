@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import textwrap
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -173,7 +176,7 @@ class Page(HTMLParser):
             self.links.append(str(given["href"]))
         if tag in {"script", "img", "link", "iframe"}:
             found = given.get("src") or given.get("href")
-            if found and given.get("rel") not in {"canonical"}:
+            if found and given.get("rel") != "canonical":
                 self.loads.append(found)
 
 
@@ -241,3 +244,78 @@ def test_the_reference_has_every_public_name(site: Path) -> None:
     for name in streammerge.__all__:
         found = getattr(streammerge, name)
         assert {f"streammerge.{name}", f"{found.__module__}.{name}"} & anchors, name
+
+
+# ---------------------------------------------------------------------------------------------
+# Pages that change the package: a test follows them in a copy of it
+
+
+def insert(source: str, place: str, text: str) -> str:
+    """Put lines at the end of a table that a module defines, or after its imports."""
+    tree = ast.parse(source)
+    lines = source.splitlines(keepends=True)
+    if place == "imports":
+        end = max(node.end_lineno or 0 for node in tree.body if isinstance(node, ast.ImportFrom))
+        return "".join([*lines[:end], text, *lines[end:]])
+    (table,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == place
+    )
+    if isinstance(table, ast.DictComp):
+        table = table.generators[0].iter
+    assert table is not None
+    end = (table.end_lineno or 0) - 1  # the line of its closing bracket
+    return "".join([*lines[:end], textwrap.indent(as_entries(text), "    "), *lines[end:]])
+
+
+def as_entries(text: str) -> str:
+    """Expressions one after another with commas behind them, which a formatter takes away."""
+    try:
+        statements = ast.parse(text).body
+    except SyntaxError:  # the entry of a dictionary
+        return text
+    return "".join(f"{ast.get_source_segment(text, statement)},\n" for statement in statements)
+
+
+def follow(page: Path, folder: Path) -> None:
+    """Do to a copy of the package and its tests what a page says."""
+    for name in ("streammerge", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=ignored)
+    shutil.copy(REPOSITORY / "pyproject.toml", folder)
+    for block in blocks_of(page):
+        if block.file:
+            (folder / block.file).write_text(block.text)
+        elif block.into:
+            path, _, place = block.into.partition(" ")
+            there = folder / path
+            there.write_text(insert(there.read_text(), place, block.text))
+
+
+def tests_in(folder: Path, *arguments: str) -> str:
+    """What pytest says of the tests in a copy of the package; they have to pass."""
+    path = os.pathsep.join([str(folder), str(folder / "tests")])
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout
+
+
+def test_a_rule_is_added_as_the_page_says(tmp_path: Path) -> None:
+    follow(DOCS / "add-a-rule.md", tmp_path)
+    shown = tests_in(
+        tmp_path,
+        *("tests/test_strongest.py", "tests/test_layers.py", "tests/test_plans.py"),
+        "tests/test_same_bytes.py::test_same_bytes",
+        *("-k", "strongest or import"),
+    )
+    passed = re.search(r"(\d+) passed", shown)
+    assert passed is not None
+    assert int(passed[1]) >= 6, shown
