@@ -40,7 +40,7 @@ exclude_patterns = ["_build"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-autodoc_class_signature = "separated"
+toc_object_entries = False
 python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
 
@@ -51,6 +51,7 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {"navigation_with_keys": True}
+highlight_language = "none"
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 
@@ -83,10 +84,13 @@ class CommandHelp(SphinxDirective):
         """Return a block of text."""
         from streammerge.cli import main  # noqa: PLC0415
 
-        names = self.arguments
-        command = main.commands[names[0]] if names else main
-        path = " ".join(["streammerge", *names])
-        context = click.Context(command, info_name=path, max_content_width=90)
+        context = click.Context(
+            main, info_name="streammerge", max_content_width=90, **main.context_settings
+        )
+        command: click.Command = main
+        if self.arguments:
+            command = main.commands[self.arguments[0]]
+            context = click.Context(command, info_name=self.arguments[0], parent=context)
         text = command.get_help(context)
         return [nodes.literal_block(text, text, language="text")]
 
