@@ -206,6 +206,11 @@ def _resuming() -> str:
     words = list(sys.argv[1:])
     if "--resume" not in words:
         words.insert(words.index("merge") + 1 if "merge" in words else len(words), "--resume")
+    return command_line(*words)
+
+
+def command_line(*words: str) -> str:
+    """Return a command line as a shell takes it."""
     return " ".join(map(_quoted, ["streammerge", *words]))
 
 

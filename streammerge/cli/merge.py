@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from streammerge.cli.console import say, say_json, stopped_by_signals, tip, with_exit_codes
+from streammerge.cli.console import (
+    command_line,
+    say,
+    say_json,
+    stopped_by_signals,
+    tip,
+    with_exit_codes,
+)
 from streammerge.cli.options import OUTPUT, RUN, merge_options
 from streammerge.cli.plan import show_plan
 from streammerge.cli.program import Sectioned, section
@@ -91,7 +97,7 @@ def _merge(
 def _next_steps(output: str) -> tuple[str, ...]:
     return (
         f"load it:   PeftModel.from_pretrained(model, {output!r})",
-        f"check it:  {shlex.join(['streammerge', 'verify', output])}",
+        f"check it:  {command_line('verify', output)}",
     )
 
 

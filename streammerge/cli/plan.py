@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streammerge.cli.console import facts, note, say, say_json, table, tip, with_exit_codes
+from streammerge.cli.console import (
+    command_line,
+    facts,
+    note,
+    say,
+    say_json,
+    table,
+    tip,
+    with_exit_codes,
+)
 from streammerge.cli.options import OUTPUT, merge_options
 from streammerge.cli.program import Sectioned, section
 
@@ -67,7 +75,7 @@ def _merging(words: Sequence[str], output: str | None) -> str:
     if "plan" in kept:
         kept[kept.index("plan")] = "merge"
     where = [] if output else ["-o", "OUT"]
-    return shlex.join(["streammerge", *kept, *where])
+    return command_line(*kept, *where)
 
 
 def _totals(plan: Plan) -> list[str]:
