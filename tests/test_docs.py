@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import click
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from doc_blocks import Block, blocks_of, is_shell, run_page
+from streammerge.cli import main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"
@@ -28,6 +30,8 @@ PAGES = [REPOSITORY / "README.md", *sorted(DOCS.rglob("*.md"))]
 PEFT_PAGES = [DOCS / "from-peft.md"]
 """They load PEFT, which a process that is to stay within a memory limit must not have."""
 MOST_NOT_RUN = 12
+EXEMPLARY = [main, *(command for name, command in main.commands.items() if name != "completion")]
+"""Commands whose examples are run; completion's change what a shell starts with."""
 
 
 def named(path: Path) -> str:
@@ -38,10 +42,23 @@ def named(path: Path) -> str:
 # Blocks
 
 
+HELP = "examples-of-help.md"
+
+
+def write_examples(folder: Path) -> Path:
+    """A page of the examples that the commands' help has."""
+    lines = [line.strip() for command in EXEMPLARY for line in (command.epilog or "").splitlines()]
+    examples = [line for line in lines if line.startswith("streammerge ")]
+    page = folder / HELP
+    page.write_text("\n".join(["```", *examples, "```", ""]))
+    return page
+
+
 @pytest.fixture(scope="module")
-def runs() -> dict[str, list[dict[str, Any]]]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What became of every block, page by page, all run by one process."""
-    pages = [str(page) for page in PAGES if page not in PEFT_PAGES]
+    examples = write_examples(tmp_path_factory.mktemp("help"))
+    pages = [str(page) for page in (*PAGES, examples) if page not in PEFT_PAGES]
     command = [sys.executable, str(Path(__file__).with_name("doc_blocks.py")), *pages]
     path = os.pathsep.join([str(REPOSITORY / "tests"), str(REPOSITORY), *sys.path])
     found = subprocess.run(
@@ -56,6 +73,7 @@ def runs() -> dict[str, list[dict[str, Any]]]:
     for line in found.stdout.splitlines():
         result = json.loads(line)
         results[result["path"]].append(result)
+    results[HELP] = results.pop(str(examples))
     return results
 
 
@@ -68,6 +86,17 @@ def test_what_a_page_shows_is_so(page: Path, runs: dict[str, list[dict[str, Any]
     ]
     assert not wrong, "\n".join(wrong)
     assert len(runs[str(page)]) == len(list(blocks_of(page)))
+
+
+def test_the_examples_of_the_help_work(runs: dict[str, list[dict[str, Any]]]) -> None:
+    (result,) = runs[HELP]
+    assert result["wrong"] is None
+    assert result["text"].count("\nstreammerge") >= len(EXEMPLARY)
+
+
+@pytest.mark.parametrize("command", main.commands.values(), ids=main.commands)
+def test_every_help_has_examples(command: click.Command) -> None:
+    assert "streammerge " in (command.epilog or "")
 
 
 def test_the_same_merge_by_peft_and_by_streammerge(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from making import contents, linear, write_adapter
 from streammerge.catalog import METHODS
 from streammerge.cli import main
+from streammerge.cli.program import Sectioned, section
 from streammerge.cli.tables import cut, lay_out, lay_out_facts
 
 COMMAND = [sys.executable, "-m", "streammerge.cli"]
@@ -77,6 +79,32 @@ def on_a_terminal(*arguments: str, columns: int = 80, **environment: str) -> str
     os.close(ours)
     process.wait(PATIENCE)
     return shown.decode()
+
+
+# ---------------------------------------------------------------------------------------------
+# Help
+
+
+def test_options_stand_under_headings() -> None:
+    shown = invoke("merge", "--help").stdout
+    headings = re.findall(r"^(\S.*):$", shown, re.MULTILINE)
+    assert headings == [
+        *("What to make", "What to take", "Memory and machine", "Output", "Run", "Other")
+    ]
+    output = shown.partition("\nOutput:")[2].partition("\nRun:")[0]
+    assert output.split()[:2] == ["-o,", "--output"], "what is required comes first"
+    assert "--overwrite" in output
+
+
+def test_an_option_without_a_heading_is_not_lost() -> None:
+    @click.command(cls=Sectioned)
+    @section("Some", click.option("--one", help="First."))
+    @click.option("--two", help="Second.")
+    def command(**_: object) -> None:
+        """Do it."""
+
+    shown = CliRunner().invoke(command, ["--help"]).stdout
+    assert re.search(r"Some:\n  --one.*First\.\n\nOther:\n  --two.*Second\.\n  --help", shown)
 
 
 # ---------------------------------------------------------------------------------------------
