@@ -37,6 +37,7 @@ default_role = "code"  # docstrings have Markdown's backticks
 templates_path: list[str] = []
 exclude_patterns = ["_build"]
 
+autodoc_mock_imports = ["torch"]  # no page shows a tensor, and it takes seconds to load
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
