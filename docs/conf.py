@@ -17,10 +17,13 @@ sys.path.insert(0, str(HERE.parent))
 # A page that does not stand here fails the build, and one that stands here and is not there is
 # left out. To add one, write its name under the heading where a reader would look for it.
 NAVIGATION = {
-    "Use": ["quickstart", "methods", "formats", "hub", "recipes", "extras", "seeing", "publishing"],
+    "Use": [
+        *("quickstart", "choosing", "formats", "extras", "recipes", "seeing"),
+        *("hub", "publishing"),
+    ],
     "Memory and machines": ["memory", "reliability", "clusters", "scaling", "benchmarks"],
     "PEFT": ["from-peft", "peft-differences"],
-    "Reference": ["command-line", "api"],
+    "Reference": ["methods", "command-line", "api"],
     "Change it": ["architecture", "add-a-rule", "add-a-format", "decisions/README"],
 }
 CONTENTS = "<!-- contents -->"
