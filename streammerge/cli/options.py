@@ -53,6 +53,19 @@ class Numbers(click.ParamType[tuple[float, ...]]):
             self.fail(f"{value!r} is not a list of numbers such as 2.0,0.3,0.7", param, ctx)
 
 
+class Density(Numbers):
+    """A number, or several with commas between them."""
+
+    name = "D|D1,D2,…"
+
+    def convert(  # type: ignore[override]
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | tuple[float, ...]:
+        """Return the number, or the numbers."""
+        found = super().convert(value, param, ctx)
+        return found[0] if len(found) == 1 else found
+
+
 class Scaling(Word):
     """The words config and tensor, or a number."""
 
@@ -81,14 +94,15 @@ _RULE = (
     click.option(
         "--weights",
         type=Numbers(),
-        help="One number for each adapter; they are not normalised.  [default: 1.0 each]",
+        help="One number for each adapter.  [default: 1.0 each]",
     ),
     click.option(
         "--density",
-        type=float,
-        metavar="SHARE",
-        help="Share of the elements that ties, dare and magnitude_prune keep, 0 to 1.",
+        type=Density(),
+        help="Share of the elements that ties, dare and magnitude_prune keep, 0 to 1; one for "
+        "all adapters, or one for each.",
     ),
+    click.option("--normalize", is_flag=True, help="Divide the weights by their sum."),
     click.option(
         "--rank",
         type=int,
@@ -138,6 +152,9 @@ _INPUTS = (
         type=Scaling("config", "tensor", name="config|tensor|VALUE"),
         help="Where a config does not explain a tensor's rank: alpha over the config's rank, "
         "over the tensor's, or this number.",
+    ),
+    click.option(
+        "--base-model", metavar="ID", help="Named by the output, instead of what the adapters name."
     ),
     click.option("--strict-base", is_flag=True, help="Refuse adapters of different base models."),
 )
