@@ -162,13 +162,13 @@ def _choice(entry: Any, option: str) -> Choice:
     name = entry.get("filter")
     if name is not None and not isinstance(name, str):
         raise RecipeError(f"{option}: a filter is a text, not {name!r}", option=option)
-    inner = make_value(entry["value"], option=option)
-    if isinstance(inner, tuple):
-        if inner[0].filter is not None or len(inner) > 1:
-            raise RecipeError(f"{option}: a value has no filters of its own", option=option)
-        values = inner[0].values
+    given = entry["value"]
+    if isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping):
+        values = tuple(_number(number, option) for number in given)
     else:
-        values = (inner,)
+        values = (_number(given, option),)
+    if not 0 < len(values) <= MAX_ENTRIES:
+        raise RecipeError(f"{option}: a value has 1 to {MAX_ENTRIES} numbers", option=option)
     return Choice(None if name == EVERY else name, values)
 
 

@@ -17,11 +17,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 # From the bottom up. A name is a module or a folder; those on one line are strangers.
 LAYERS = (
     {"errors"},
-<<<<<<< HEAD
-    {"budget", "cards", "tiling", "regular", "files"},
-=======
-    {"budget", "tiling", "regular", "files", "schedule"},
->>>>>>> d0f303b (Weights and densities may differ by adapter, depth and module; recipe files; the output holds its own recipe)
+    {"budget", "cards", "tiling", "regular", "files", "schedule"},
     {"catalog", "plans", "recipe", "adapter", "events", "patterns"},
     {"planner"},
     {"readers", "output", "rules", "spaces", "lowrank", "select", "draw", "recipe_file"},
@@ -38,11 +34,7 @@ HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 INIT = "__init__"
 # What is public: the calls, the errors, and the two types that the calls return.
 INIT_MAY_IMPORT = {"api", "errors", "adapter", "plans"}
-<<<<<<< HEAD
-STANDARD_LIBRARY_ONLY = {"errors", "budget", "cards", "tiling", "regular", "files"}
-=======
-STANDARD_LIBRARY_ONLY = {"errors", "budget", "tiling", "regular", "files", "schedule"}
->>>>>>> d0f303b (Weights and densities may differ by adapter, depth and module; recipe files; the output holds its own recipe)
+STANDARD_LIBRARY_ONLY = {"errors", "budget", "cards", "tiling", "regular", "files", "schedule"}
 # Reading headers, planning and showing help are pure arithmetic and text.
 WITHOUT_TORCH = {INIT, "cli", "readers", "output"}.union(*LAYERS[:4])
 IMPORTS_TORCH = {"torch", "safetensors.torch", "peft", "transformers"}

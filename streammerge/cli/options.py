@@ -135,6 +135,13 @@ _RULE = (
         show_default=True,
         help="Of what dare drops: the same seed, the same bytes.",
     ),
+    click.option(
+        "--compute-dtype",
+        type=Word(*COMPUTE_DTYPES),
+        default="float32",
+        show_default=True,
+        help="Of the arithmetic; float64 is slower, to check with.",
+    ),
 )
 
 _INPUTS = (
@@ -206,13 +213,6 @@ _MACHINE = (
         is_flag=True,
         help="Let workers that round differently take part; bytes then depend on which did what.",
     ),
-    click.option(
-        "--compute-dtype",
-        type=Word(*COMPUTE_DTYPES),
-        default="float32",
-        show_default=True,
-        help="Of the arithmetic; float64 is slower, to check with.",
-    ),
 )
 
 _OUTPUT = (
@@ -228,6 +228,9 @@ _OUTPUT = (
         metavar="SIZE",
         help="Write files of at most this size, and an index.  [default: one file]",
     ),
+)
+
+_OVERWRITE = (
     click.option("--overwrite", is_flag=True, help="Replace an earlier output of streammerge."),
 )
 
@@ -237,9 +240,12 @@ _SECTIONS = {
     "What to make": _RULE,
     "What to take": _INPUTS,
     "Memory and machine": _MACHINE,
-    OUTPUT: _OUTPUT,
+    OUTPUT: (*_OUTPUT, *_OVERWRITE),
     RUN: _RUN,
 }
+
+_HERE = {"Memory and machine": _MACHINE, OUTPUT: _OVERWRITE, RUN: _RUN}
+"""What a recipe does not decide."""
 
 
 def merge_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -247,3 +253,26 @@ def merge_options(command: Callable[..., None]) -> Callable[..., None]:
     for title, options in reversed(_SECTIONS.items()):
         command = section(title, *options)(command)
     return click.argument("adapters", nargs=-1, required=True, type=click.Path())(command)
+
+
+def machine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that decide no byte of the output to a command."""
+    for title, options in reversed(_HERE.items()):
+        command = section(title, *options)(command)
+    return command
+
+
+run_options = section(
+    RUN,
+    click.option("--dry-run", is_flag=True, help="Print what `streammerge plan` prints; no more."),
+    click.option(
+        "--resume", is_flag=True, help="Go on with an unfinished merge, where there is one."
+    ),
+    click.option(
+        "--time-limit", metavar="TIME", help="Stop after so long, like 50m; --resume goes on."
+    ),
+    click.option(
+        "--quiet", is_flag=True, help="No progress; with --json nothing but the JSON, notes in it."
+    ),
+)
+"""Adds what the commands share that merge."""
