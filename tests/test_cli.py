@@ -109,6 +109,7 @@ def test_merge(merged: Merged) -> None:
         CONFIG,
         WEIGHTS,
         "streammerge-timings.json",
+        "streammerge_config.yml",
         "streammerge.json",
     ]
     assert [path.name for path in merged.out.parent.iterdir()] == ["out"]
