@@ -109,8 +109,8 @@ def test_merge(merged: Merged) -> None:
         CONFIG,
         WEIGHTS,
         "streammerge-timings.json",
-        "streammerge_config.yml",
         "streammerge.json",
+        "streammerge_config.yml",
     ]
     assert [path.name for path in merged.out.parent.iterdir()] == ["out"]
 
