@@ -14,9 +14,9 @@ from streammerge.cli.program import Sectioned, section
 
 EXAMPLES = """\b
 Examples:
-  streammerge run RECIPE.yaml -o OUT
-  streammerge run OUT/streammerge_config.yml -o AGAIN
-  streammerge run RECIPE.yaml -o OUT --max-memory 512MiB --time-limit 50m --resume
+  streammerge run RECIPE.yaml -o SUM
+  streammerge run SUM/streammerge_config.yml -o SUM-AGAIN
+  streammerge run RECIPE.yaml -o SUM-SMALL --max-memory 512MiB --time-limit 50m --resume
 """
 
 
