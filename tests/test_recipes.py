@@ -280,7 +280,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
     )
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(recipes())
 def test_what_is_written_reads_as_the_same_recipe(tmp_path_factory: Any, recipe: Recipe) -> None:
     assert Recipe.from_dict(recipe.to_dict()) == recipe
