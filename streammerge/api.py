@@ -6,7 +6,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,9 @@ __all__ = ["MergeResult", "merge", "open_adapter", "plan", "verify"]
 
 if TYPE_CHECKING:
     from streammerge.finish import ModuleReport
+
+Setting = float | Sequence[float] | Sequence[Mapping[str, Any]]
+"""A number, a gradient over depth, or a list of {"filter": …, "value": …}."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -92,8 +95,9 @@ def plan(
     output: StrPath | None = None,
     *,
     method: str = "svd",
-    weights: Sequence[float] | None = None,
-    density: float | None = None,
+    weights: Sequence[Setting] | None = None,
+    density: float | Sequence[Setting] | None = None,
+    normalize: bool = False,
     rank: int | None = None,
     space: str | None = None,
     majority_sign: str = "total",
@@ -105,6 +109,7 @@ def plan(
     scaling: str | float | None = None,
     include: str | None = None,
     exclude: str | None = None,
+    base_model: str | None = None,
     strict_base: bool = False,
     max_memory: str | int | None = None,
     workers: int | None = None,
@@ -132,6 +137,7 @@ def plan(
         method=method,
         weights=weights,
         density=density,
+        normalize=normalize,
         rank=rank,
         space=space,
         majority_sign=majority_sign,
@@ -143,6 +149,7 @@ def plan(
         scaling=scaling,
         include=include,
         exclude=exclude,
+        base_model=base_model,
         strict_base=strict_base,
         max_shard_size=max_shard_size,
     )
@@ -166,8 +173,9 @@ def merge(
     output: StrPath,
     *,
     method: str = "svd",
-    weights: Sequence[float] | None = None,
-    density: float | None = None,
+    weights: Sequence[Setting] | None = None,
+    density: float | Sequence[Setting] | None = None,
+    normalize: bool = False,
     rank: int | None = None,
     space: str | None = None,
     majority_sign: str = "total",
@@ -179,6 +187,7 @@ def merge(
     scaling: str | float | None = None,
     include: str | None = None,
     exclude: str | None = None,
+    base_model: str | None = None,
     strict_base: bool = False,
     max_memory: str | int | None = None,
     workers: int | None = None,
@@ -200,8 +209,12 @@ def merge(
         adapters: PEFT adapter directories, in the order of their weights.
         output: directory to make; it appears whole, or not at all.
         method: one of PEFT's combination types, such as "svd", "ties" or "dare_ties_svd".
-        weights: one for each adapter, 1.0 each when None; they are not normalised.
-        density: share of elements kept, in [0, 1]; for the methods that prune or drop.
+        weights: one for each adapter, 1.0 each when None: a number; a list of numbers, spaced
+            evenly from the first layer to the last; or a list of {"filter": …, "value": …}, of
+            which the first holds whose filter is found in the target's name.
+        density: share of elements kept, in [0, 1]; for the methods that prune or drop. A number
+            for all adapters, or a list with one for each, like the weights.
+        normalize: divide the weights by their sum, in each target over the adapters that have it.
         rank: of the output, for truncating methods; the largest of the inputs when None.
         space: "factor", "delta" or "exact", instead of the method's own.
         majority_sign: "total" or "frequency", for the methods that elect a sign.
@@ -214,6 +227,7 @@ def merge(
         scaling: "config", "tensor" or a number, where a config does not explain a tensor's rank.
         include: merge only targets in whose name this regular expression is found.
         exclude: leave out targets in whose name it is found.
+        base_model: what the output's config names as its base, instead of what the adapters' do.
         strict_base: refuse adapters that name different base models.
         max_memory: for the whole process, in bytes or like "2GiB"; what the machine grants, with
             headroom, when None. On a cluster it is for each worker's process.
@@ -260,6 +274,7 @@ def merge(
         method=method,
         weights=weights,
         density=density,
+        normalize=normalize,
         rank=rank,
         space=space,
         majority_sign=majority_sign,
@@ -271,6 +286,7 @@ def merge(
         scaling=scaling,
         include=include,
         exclude=exclude,
+        base_model=base_model,
         strict_base=strict_base,
         max_shard_size=max_shard_size,
     )

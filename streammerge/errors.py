@@ -3,6 +3,7 @@
 StreammergeError
 ├── RefusedError                 before any work: nothing was written; exit code 2
 │   ├── RecipeError              an option is wrong, missing, or does not go with another
+│   │   └── RecipeFileError      a recipe file cannot be read, or says what is not known
 │   ├── AdapterError             one adapter cannot be used
 │   │   ├── MissingFileError     a file that the adapter needs is not there
 │   │   ├── CorruptFileError     a file is not what its name or its header says
@@ -91,6 +92,21 @@ class RecipeError(RefusedError, ValueError):
     def __init__(self, message: str, *, option: str) -> None:
         super().__init__(message)
         self.option = option
+
+
+class RecipeFileError(RecipeError):
+    """A recipe file cannot be read, or says what is not known.
+
+    Attributes:
+        path: the file.
+        line: where in it, from 1; None where it is no one line.
+    """
+
+    def __init__(self, message: str, *, path: str, line: int | None = None) -> None:
+        where = path if line is None else f"{path}, line {line}"
+        super().__init__(f"{where}: {message}", option="recipe")
+        self.path = path
+        self.line = line
 
 
 class AdapterError(RefusedError, ValueError):

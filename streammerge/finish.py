@@ -16,6 +16,7 @@ from streammerge.output.writer import RegionReader, sync_file
 from streammerge.planner.scaling import scalings
 from streammerge.plans import Plan, Task
 from streammerge.readers import read_adapter
+from streammerge.recipe_file import write_recipe
 from streammerge.worker import Receipt
 
 VERSION = metadata.version("streammerge")
@@ -82,7 +83,7 @@ def finish(
         check()
         sync_file(directory / file.name)
     tensors = _read_back(planned, directory, starts, receipts, check)
-    write_config(directory, planned)
+    write_config(directory, planned, write_recipe(planned.recipe))
     facts = {
         "streammerge": VERSION,
         "fingerprint": fingerprint,

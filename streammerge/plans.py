@@ -122,6 +122,9 @@ class Sources:
     adapter: npt.NDArray[np.int32]
     row: npt.NDArray[np.int32]
     scaling: npt.NDArray[np.float64]
+    weight: npt.NDArray[np.float64]
+    density: npt.NDArray[np.float64]
+    """Share of elements that the rule keeps; 1 where it keeps all."""
 
     def __len__(self) -> int:
         return len(self.adapter)
@@ -260,7 +263,10 @@ class Plan:
         fields["sources"] = Sources(
             adapter=np.array(sources["adapter"], np.int32),
             row=np.array(sources["row"], np.int32),
-            scaling=np.array(sources["scaling"], np.float64),
+            **{
+                name: np.array(sources[name], np.float64)
+                for name in ("scaling", "weight", "density")
+            },
         )
         fields["tasks"] = tuple(_task(task) for task in fields["tasks"])
         fields["files"] = tuple(OutputFile(**file) for file in fields["files"])

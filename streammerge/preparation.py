@@ -17,7 +17,7 @@ from streammerge.output.staging import staging_path
 from streammerge.planner import make_plan, resolve_method
 from streammerge.plans import Plan
 from streammerge.readers import read_adapters
-from streammerge.recipe import Recipe, make_number, make_paths, make_weights
+from streammerge.recipe import Recipe, make_density, make_number, make_paths, make_weights
 
 if TYPE_CHECKING:
     from streammerge.executors.cluster import Cluster
@@ -30,7 +30,8 @@ IO_WAYS = ("mmap", "pread")
 def make_recipe(
     adapters: Sequence[StrPath],
     *,
-    weights: Sequence[float] | None,
+    weights: Any,
+    density: Any,
     max_shard_size: str | int | None,
     **fields: Any,
 ) -> Recipe:
@@ -43,14 +44,17 @@ def make_recipe(
     shard = None
     if max_shard_size is not None:
         shard = parse_size(max_shard_size, option="max_shard_size")
-    for option in ("density", "clamp"):
-        fields[option] = make_number(fields[option], float, option=option)
+    fields["clamp"] = make_number(fields["clamp"], float, option="clamp")
     for option in ("rank", "seed"):
         fields[option] = make_number(fields[option], int, option=option)
     if not isinstance(fields["scaling"], str):
         fields["scaling"] = make_number(fields["scaling"], float, option="scaling")
     return Recipe(
-        adapters=paths, weights=make_weights(weights, len(paths)), max_shard_bytes=shard, **fields
+        adapters=paths,
+        weights=make_weights(weights, len(paths)),
+        density=make_density(density),
+        max_shard_bytes=shard,
+        **fields,
     )
 
 

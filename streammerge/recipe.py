@@ -6,11 +6,13 @@ import math
 import operator
 import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 from typing import Any, TypeVar
 
 from streammerge.errors import RecipeError
+from streammerge.schedule import Value, as_json, make_value, numbers
 
 Number = TypeVar("Number", int, float)
 
@@ -31,12 +33,14 @@ class Recipe:
     adapters: tuple[str, ...]
     """Directories, in order: an adapter's position decides its weight and its DARE masks."""
     method: str
-    weights: tuple[float, ...]
-    """One for each adapter; they are not normalised."""
+    weights: tuple[Value, ...]
+    """One for each adapter: a number, or what says it of each target."""
+    normalize: bool = False
+    """Divide the weights by their sum, in each target over the adapters that have it."""
     space: str | None = None
     """Overrides the method's space."""
-    density: float | None = None
-    """Share of elements kept, in [0, 1]."""
+    density: float | tuple[Value, ...] | None = None
+    """Share of elements kept, in [0, 1]: of all adapters, or one for each, as the weights are."""
     rank: int | None = None
     """The output's rank; None is the largest of the inputs."""
     majority_sign: str = "total"
@@ -55,6 +59,8 @@ class Recipe:
     """Merge only targets in whose name this regular expression is found."""
     exclude: str | None = None
     """Leave out targets in whose name this regular expression is found."""
+    base_model: str | None = None
+    """What the output's config names, instead of what the adapters' do."""
     strict_base: bool = False
     """Refuse adapters that name different base models."""
     max_shard_bytes: int | None = None
@@ -63,7 +69,7 @@ class Recipe:
         if not self.adapters:
             raise RecipeError("no adapters were given", option="adapters")
         _check_weights(self.weights, len(self.adapters))
-        _check_density(self.density)
+        _check_density(self.density, len(self.adapters))
         if self.rank is not None and (not _is_integer(self.rank) or self.rank <= 0):
             raise RecipeError(f"rank must be a positive integer, not {self.rank!r}", option="rank")
         if self.clamp is not None and not 0 < self.clamp <= 1:
@@ -80,33 +86,55 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as JSON can hold it; `Recipe.from_dict` takes it back."""
-        fields = asdict(self)
-        return {**fields, "adapters": list(self.adapters), "weights": list(self.weights)}
+        fields = {field.name: getattr(self, field.name) for field in dataclass_fields(self)}
+        density = self.density
+        return {
+            **fields,
+            "adapters": list(self.adapters),
+            "weights": [as_json(weight) for weight in self.weights],
+            "density": list(map(as_json, density)) if isinstance(density, tuple) else density,
+        }
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Recipe:
         """Return the recipe that `to_dict` gave."""
-        listed = {name: tuple(fields[name]) for name in ("adapters", "weights")}
-        return cls(**{**fields, **listed})
+        return cls(
+            **{
+                **fields,
+                "adapters": tuple(fields["adapters"]),
+                "weights": make_weights(fields["weights"], len(fields["adapters"])),
+                "density": make_density(fields["density"]),
+            }
+        )
 
 
-def make_weights(
-    weights: Iterable[float] | float | None, count: int, *, option: str = "weights"
-) -> tuple[float, ...]:
+def make_weights(weights: Any, count: int) -> tuple[Value, ...]:
     """Return a weight for each of `count` adapters: 1.0 each when None.
 
     Raises:
-        RecipeError: an entry is not a number.
+        RecipeError: an entry is neither a number nor a schedule.
     """
     if weights is None:
         return (1.0,) * count
-    try:
-        if isinstance(weights, str):
-            raise TypeError
-        entries = weights if isinstance(weights, Iterable) else (weights,)
-        return tuple(float(w) for w in entries)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{option}: not numbers: {weights!r}", option=option) from error
+    return _each(weights, "weights")
+
+
+def make_density(density: Any) -> float | tuple[Value, ...] | None:
+    """Return a density for all adapters, or one for each where a sequence was given.
+
+    Raises:
+        RecipeError: an entry is neither a number nor a schedule.
+    """
+    if isinstance(density, Iterable) and not isinstance(density, str):
+        return _each(density, "density")
+    return make_number(density, float, option="density")
+
+
+def _each(given: Any, option: str) -> tuple[Value, ...]:
+    if isinstance(given, str | bytes | Mapping):
+        raise RecipeError(f"{option}: one for each adapter, not {given!r}", option=option)
+    entries = given if isinstance(given, Iterable) else (given,)
+    return tuple(make_value(entry, option=option) for entry in entries)
 
 
 def make_number(value: Any, kind: type[Number], *, option: str) -> Number | None:
@@ -137,24 +165,33 @@ def make_paths(adapters: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
     return tuple(os.fspath(path) for path in adapters)
 
 
-def _check_weights(weights: tuple[float, ...], count: int) -> None:
+def _check_weights(weights: tuple[Value, ...], count: int) -> None:
     if len(weights) != count:
         raise RecipeError(
             f"{count} adapters but {len(weights)} weights; give one weight for each adapter",
             option="weights",
         )
     for position, weight in enumerate(weights):
-        if not math.isfinite(weight):
-            raise RecipeError(
-                f"weight {position + 1} is {weight}; weights must be finite", option="weights"
-            )
+        for number in numbers(weight):
+            if not math.isfinite(number):
+                raise RecipeError(
+                    f"weight {position + 1} is {number}; weights must be finite", option="weights"
+                )
 
 
-def _check_density(density: float | None) -> None:
+def _check_density(density: float | tuple[Value, ...] | None, count: int) -> None:
     if density is None:
         return
-    if not isinstance(density, (int, float)) or not 0 <= density <= 1:
-        raise RecipeError(f"density must be in [0, 1], not {density!r}", option="density")
+    if isinstance(density, tuple) and len(density) != count:
+        raise RecipeError(
+            f"{count} adapters but {len(density)} densities; give one for each adapter, or one "
+            "for all",
+            option="density",
+        )
+    for value in density if isinstance(density, tuple) else (density,):
+        for number in numbers(value):
+            if not isinstance(number, int | float) or not 0 <= number <= 1:
+                raise RecipeError(f"density must be in [0, 1], not {number!r}", option="density")
 
 
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

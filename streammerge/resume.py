@@ -42,7 +42,7 @@ def _courses(plan: Plan) -> str:
         course = (task.target, task.m, task.n, task.rank, task.route, task.block, task.passes)
         digest.update(repr((course, task.a, task.b)).encode())
         # What an adapter's config says: its file may have been edited.
-        for column in (sources.adapter, sources.scaling):
+        for column in (sources.adapter, sources.scaling, sources.weight, sources.density):
             digest.update(column[task.first : task.last].tobytes())
     digest.update(json.dumps(plan.config, sort_keys=True).encode())
     return digest.hexdigest()

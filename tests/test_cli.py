@@ -110,6 +110,7 @@ def test_merge(merged: Merged) -> None:
         WEIGHTS,
         "streammerge-timings.json",
         "streammerge.json",
+        "streammerge_config.yml",
     ]
     assert [path.name for path in merged.out.parent.iterdir()] == ["out"]
 

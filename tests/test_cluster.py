@@ -33,7 +33,7 @@ from streammerge.executors.workers import common_budget
 from streammerge.planner.part import take_part
 from streammerge.readers import read_adapters
 
-SAME = (WEIGHTS, CONFIG, "streammerge.json")
+SAME = (WEIGHTS, CONFIG, "streammerge.json", "streammerge_config.yml")
 REAL = tuple(
     f"distilbert-base-uncased/{name}"
     for name in ("dayanidhi04-emotion", "khajaphysist-qkv", "tashu014-imdb")

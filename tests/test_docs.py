@@ -50,7 +50,22 @@ def write_examples(folder: Path) -> Path:
     lines = [line.strip() for command in EXEMPLARY for line in (command.epilog or "").splitlines()]
     examples = [line for line in lines if line.startswith("streammerge ")]
     page = folder / HELP
-    page.write_text("\n".join(["```", *examples, "```", ""]))
+    recipe = "merge_method: svd\nmodels: [{model: A}, {model: B}]"
+    page.write_text(
+        "\n".join(
+            [
+                "<!-- file: RECIPE.yaml -->",
+                "```yaml",
+                recipe,
+                "```",
+                "",
+                "```",
+                *examples,
+                "```",
+                "",
+            ]
+        )
+    )
     return page
 
 
@@ -89,7 +104,7 @@ def test_what_a_page_shows_is_so(page: Path, runs: dict[str, list[dict[str, Any]
 
 
 def test_the_examples_of_the_help_work(runs: dict[str, list[dict[str, Any]]]) -> None:
-    (result,) = runs[HELP]
+    _recipe, result = runs[HELP]
     assert result["wrong"] is None
     assert result["text"].count("\nstreammerge") >= len(EXEMPLARY)
 

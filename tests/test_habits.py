@@ -227,7 +227,7 @@ def test_a_dry_run_refuses_what_plan_refuses(adapters: list[str], tmp_path: Path
     ("words", "message"),
     [
         (["merge", "A", "-o", "O", "--densty", "1"], "'--density'"),
-        (["merge", "A", "-o", "O", "--density", "much"], "'much' is not a valid float"),
+        (["merge", "A", "-o", "O", "--density", "much"], "'much' is not a list of numbers"),
         (["merge", "-o", "O"], "ADAPTERS"),
         (["merge", "A"], "--output"),
         (["merg"], "Did you mean 'merge'"),

@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 # From the bottom up. A name is a module or a folder; those on one line are strangers.
 LAYERS = (
     {"errors"},
-    {"budget", "notebook", "tiling", "regular", "files"},
+    {"budget", "notebook", "tiling", "regular", "files", "schedule"},
     {"catalog", "plans", "recipe", "adapter", "events", "patterns"},
     {"planner"},
-    {"readers", "output", "rules", "spaces", "lowrank", "select", "draw"},
+    {"readers", "output", "rules", "spaces", "lowrank", "select", "draw", "recipe_file"},
     {"kernels"},
     {"worker"},
     {"executors", "ledger", "resume"},
@@ -34,7 +34,7 @@ HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 INIT = "__init__"
 # What is public: the calls, the errors, and the two types that the calls return.
 INIT_MAY_IMPORT = {"api", "errors", "adapter", "plans"}
-STANDARD_LIBRARY_ONLY = {"errors", "budget", "notebook", "tiling", "regular", "files"}
+STANDARD_LIBRARY_ONLY = {"errors", "budget", "notebook", "tiling", "regular", "files", "schedule"}
 # Reading headers, planning and showing help are pure arithmetic and text.
 WITHOUT_TORCH = {INIT, "cli", "readers", "output"}.union(*LAYERS[:4])
 IMPORTS_TORCH = {"torch", "safetensors.torch", "peft", "transformers"}

@@ -45,6 +45,7 @@ from streammerge.output.staging import MARK_NAME, Staging, lock_path, staging_pa
 from streammerge.plans import Region
 
 TIMINGS = "streammerge-timings.json"
+RECIPE = "streammerge_config.yml"
 TARGETS = {
     "model.words": embedding(6, 40, 3),
     "model.patches": convolution(8, 3, (2, 2), 3),
@@ -73,7 +74,7 @@ def names(folder: Path) -> list[str]:
 
 def test_one_file(sources: list[Path], tmp_path: Path) -> None:
     merge(sources, tmp_path / "out")
-    assert names(tmp_path / "out") == [CONFIG, WEIGHTS, TIMINGS, MARK_NAME]
+    assert names(tmp_path / "out") == [CONFIG, WEIGHTS, TIMINGS, MARK_NAME, RECIPE]
     assert names(tmp_path) == ["out"]
 
 
@@ -92,7 +93,7 @@ def test_shards(sources: list[Path], tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(
         tensor.nbytes for shard in shards for tensor in load_file(out / shard).values()
     )
-    assert names(out) == sorted([*shards, CONFIG, INDEX, TIMINGS, MARK_NAME])
+    assert names(out) == sorted([*shards, CONFIG, INDEX, TIMINGS, MARK_NAME, RECIPE])
 
 
 def names_of_shards(out: Path) -> list[str]:
@@ -244,7 +245,7 @@ def test_overwriting_an_earlier_output(sources: list[Path], tmp_path: Path) -> N
     with pytest.raises(OutputExistsError, match="--overwrite"):
         merge(sources, out)
     merge(sources, out, overwrite=True, method="cat")
-    assert names(out) == [CONFIG, WEIGHTS, TIMINGS, MARK_NAME]
+    assert names(out) == [CONFIG, WEIGHTS, TIMINGS, MARK_NAME, RECIPE]
     assert names(tmp_path) == ["out"]
 
 
@@ -426,7 +427,7 @@ def test_a_stale_staging_directory_is_taken_over(sources: list[Path], tmp_path: 
     stale_staging(out)
     merge(sources, out)
     assert names(tmp_path) == ["out"]
-    assert names(out) == [CONFIG, WEIGHTS, TIMINGS, MARK_NAME]
+    assert names(out) == [CONFIG, WEIGHTS, TIMINGS, MARK_NAME, RECIPE]
     assert streammerge.verify(out).checksums
 
 

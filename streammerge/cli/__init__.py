@@ -10,6 +10,7 @@ from streammerge.cli.merge import merge
 from streammerge.cli.methods import methods
 from streammerge.cli.plan import plan
 from streammerge.cli.program import Program
+from streammerge.cli.run import run
 from streammerge.cli.verify import verify
 
 EPILOG = """\b
@@ -35,5 +36,5 @@ def main() -> None:
     """Merge LoRA adapters: files in, one adapter out, no base model, bounded memory."""
 
 
-for command in (merge, plan, inspect, verify, methods, completion):
+for command in (merge, run, plan, inspect, verify, methods, completion):
     main.add_command(command)

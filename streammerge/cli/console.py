@@ -205,7 +205,8 @@ def _resuming() -> str:
     """Return the command line that goes on."""
     words = list(sys.argv[1:])
     if "--resume" not in words:
-        words.insert(words.index("merge") + 1 if "merge" in words else len(words), "--resume")
+        commands = [place for place, word in enumerate(words) if word in ("merge", "run")]
+        words.insert(commands[0] + 1 if commands else len(words), "--resume")
     return command_line(*words)
 
 

@@ -15,7 +15,7 @@ from streammerge.cli.console import (
     tip,
     with_exit_codes,
 )
-from streammerge.cli.options import OUTPUT, RUN, merge_options
+from streammerge.cli.options import OUTPUT, merge_options, run_options
 from streammerge.cli.plan import show_plan
 from streammerge.cli.program import Sectioned, section
 
@@ -37,29 +37,12 @@ Examples:
     OUTPUT,
     click.option("-o", "--output", required=True, type=click.Path(), help="Directory to make."),
 )
-@section(
-    RUN,
-    click.option("--dry-run", is_flag=True, help="Print what `streammerge plan` prints; no more."),
-    click.option(
-        "--resume", is_flag=True, help="Go on with an unfinished merge, where there is one."
-    ),
-    click.option(
-        "--time-limit", metavar="TIME", help="Stop after so long, like 50m; --resume goes on."
-    ),
-    click.option(
-        "--quiet", is_flag=True, help="No progress; with --json nothing but the JSON, notes in it."
-    ),
-)
+@run_options
 @with_exit_codes
 def merge(
     adapters: tuple[str, ...],
     *,
     output: str,
-    dry_run: bool,
-    resume: bool,
-    time_limit: str | None,
-    quiet: bool,
-    as_json: bool,
     **options: Any,
 ) -> None:
     """Merge adapters into one.
@@ -70,6 +53,21 @@ def merge(
     Stopped by SIGTERM, SIGINT or --time-limit it keeps what is done, exits with 75 and prints the
     command that goes on; killed by anything else, the same command with --resume goes on.
     """
+    run_merge(adapters, output, **options)
+
+
+def run_merge(
+    adapters: tuple[str, ...],
+    output: str,
+    *,
+    dry_run: bool,
+    resume: bool,
+    time_limit: str | None,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Merge, or show the plan, and print what came out; `options` are those of the Python call."""
     if dry_run:
         show_plan(adapters, output, as_json=as_json, notes=not (quiet and as_json), **options)
         return

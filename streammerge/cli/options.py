@@ -53,6 +53,19 @@ class Numbers(click.ParamType[tuple[float, ...]]):
             self.fail(f"{value!r} is not a list of numbers such as 2.0,0.3,0.7", param, ctx)
 
 
+class Density(Numbers):
+    """A number, or several with commas between them."""
+
+    name = "D|D1,D2,…"
+
+    def convert(  # type: ignore[override]
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | tuple[float, ...]:
+        """Return the number, or the numbers."""
+        found = super().convert(value, param, ctx)
+        return found[0] if len(found) == 1 else found
+
+
 class Scaling(Word):
     """The words config and tensor, or a number."""
 
@@ -81,14 +94,15 @@ _RULE = (
     click.option(
         "--weights",
         type=Numbers(),
-        help="One number for each adapter; they are not normalised.  [default: 1.0 each]",
+        help="One number for each adapter.  [default: 1.0 each]",
     ),
     click.option(
         "--density",
-        type=float,
-        metavar="SHARE",
-        help="Share of the elements that ties, dare and magnitude_prune keep, 0 to 1.",
+        type=Density(),
+        help="Share of the elements that ties, dare and magnitude_prune keep, 0 to 1; one for "
+        "all adapters, or one for each.",
     ),
+    click.option("--normalize", is_flag=True, help="Divide the weights by their sum."),
     click.option(
         "--rank",
         type=int,
@@ -121,6 +135,13 @@ _RULE = (
         show_default=True,
         help="Of what dare drops: the same seed, the same bytes.",
     ),
+    click.option(
+        "--compute-dtype",
+        type=Word(*COMPUTE_DTYPES),
+        default="float32",
+        show_default=True,
+        help="Of the arithmetic; float64 is slower, to check with.",
+    ),
 )
 
 _INPUTS = (
@@ -138,6 +159,9 @@ _INPUTS = (
         type=Scaling("config", "tensor", name="config|tensor|VALUE"),
         help="Where a config does not explain a tensor's rank: alpha over the config's rank, "
         "over the tensor's, or this number.",
+    ),
+    click.option(
+        "--base-model", metavar="ID", help="Named by the output, instead of what the adapters name."
     ),
     click.option("--strict-base", is_flag=True, help="Refuse adapters of different base models."),
 )
@@ -189,13 +213,6 @@ _MACHINE = (
         is_flag=True,
         help="Let workers that round differently take part; bytes then depend on which did what.",
     ),
-    click.option(
-        "--compute-dtype",
-        type=Word(*COMPUTE_DTYPES),
-        default="float32",
-        show_default=True,
-        help="Of the arithmetic; float64 is slower, to check with.",
-    ),
 )
 
 _OUTPUT = (
@@ -211,6 +228,9 @@ _OUTPUT = (
         metavar="SIZE",
         help="Write files of at most this size, and an index.  [default: one file]",
     ),
+)
+
+_OVERWRITE = (
     click.option("--overwrite", is_flag=True, help="Replace an earlier output of streammerge."),
 )
 
@@ -220,9 +240,12 @@ _SECTIONS = {
     "What to make": _RULE,
     "What to take": _INPUTS,
     "Memory and machine": _MACHINE,
-    OUTPUT: _OUTPUT,
+    OUTPUT: (*_OUTPUT, *_OVERWRITE),
     RUN: _RUN,
 }
+
+_HERE = {"Memory and machine": _MACHINE, OUTPUT: _OVERWRITE, RUN: _RUN}
+"""What a recipe does not decide."""
 
 
 def merge_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -230,3 +253,26 @@ def merge_options(command: Callable[..., None]) -> Callable[..., None]:
     for title, options in reversed(_SECTIONS.items()):
         command = section(title, *options)(command)
     return click.argument("adapters", nargs=-1, required=True, type=click.Path())(command)
+
+
+def machine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that decide no byte of the output to a command."""
+    for title, options in reversed(_HERE.items()):
+        command = section(title, *options)(command)
+    return command
+
+
+run_options = section(
+    RUN,
+    click.option("--dry-run", is_flag=True, help="Print what `streammerge plan` prints; no more."),
+    click.option(
+        "--resume", is_flag=True, help="Go on with an unfinished merge, where there is one."
+    ),
+    click.option(
+        "--time-limit", metavar="TIME", help="Stop after so long, like 50m; --resume goes on."
+    ),
+    click.option(
+        "--quiet", is_flag=True, help="No progress; with --json nothing but the JSON, notes in it."
+    ),
+)
+"""Adds what the commands share that merge."""

@@ -38,6 +38,8 @@ class Operands:
     keys: Sequence[int]
     """Each tensor's stream of random bits."""
     weights: Sequence[float]
+    densities: Sequence[float]
+    """Share of elements that the rule keeps of each tensor."""
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -53,7 +55,6 @@ class RuleOptions:
     """What of a recipe a rule needs."""
 
     rule: str
-    density: float
     majority_sign: str
 
 
@@ -91,7 +92,7 @@ class MergedTiles:
         there = len(self._operands.spans) == 1 and (self._stacked or rule.sweeps == 1)
         if rule.sparsity == "largest" and not there:
             self.thresholds = tuple(
-                find_threshold(self.stream(i), self._options.density, over(i))
+                find_threshold(self.stream(i), self._operands.densities[i], over(i))
                 for i in range(len(self._operands))
             )
 
@@ -145,11 +146,11 @@ class MergedTiles:
             return self.thresholds[i]
         step = sample_step(len(tile), self._operands.width)
         whole = Stream(self._operands.spans, lambda _: iter((tile,)), lambda: tile[::step])
-        return find_threshold(whole, self._options.density, Here(whole, 1, map))
+        return find_threshold(whole, self._operands.densities[i], Here(whole, 1, map))
 
     def _drop_(self, space: _Workspace, i: int, t: int, x: torch.Tensor) -> torch.Tensor:
         """Keep random elements at the rate of the density, and divide them by it."""
-        density = self._options.density
+        density = self._operands.densities[i]
         if density >= 1:
             return x
         if density <= 0:

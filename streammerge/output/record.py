@@ -24,9 +24,14 @@ MAX_RECORD_BYTES = 2**30
 """A record has some 400 bytes for each tensor."""
 
 
-def write_config(directory: Path, plan: Plan) -> None:
-    """Write adapter_config.json, and the index where there are shards."""
+RECIPE_NAME = "streammerge_config.yml"
+"""An output's own recipe, called after mergekit's mergekit_config.yml."""
+
+
+def write_config(directory: Path, plan: Plan, recipe: bytes) -> None:
+    """Write adapter_config.json and the recipe, and the index where there are shards."""
     write_file(directory / CONFIG_NAME, _pretty(plan.config))
+    write_file(directory / RECIPE_NAME, recipe)
     if len(plan.files) > 1:
         regions = [region for task in plan.tasks for region in (task.a, task.b)]
         index = {
@@ -68,7 +73,7 @@ def write_record(
         "other_files": {
             path.name: _digest(path.read_bytes())
             for path in sorted(directory.iterdir())
-            if path.name in (CONFIG_NAME, INDEX_NAME)
+            if path.name in (CONFIG_NAME, INDEX_NAME, RECIPE_NAME)
         },
         "tensors": {
             region.name: {

@@ -5,31 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from streammerge.adapter import Adapter
 from streammerge.errors import ExtraTensorsError, IncompatibleError, RecipeError
 from streammerge.planner.align import Alignment
+from streammerge.plans import Sources
 from streammerge.recipe import Recipe
 
 
-def check_range(
-    adapters: Sequence[Adapter], recipe: Recipe, scaling: Sequence[npt.NDArray[np.float64]]
-) -> None:
+def check_range(adapters: Sequence[Adapter], sources: Sources, dtype: str) -> None:
     """Check that the compute dtype can hold every weight times every scaling.
 
     Raises:
         RecipeError: it cannot.
     """
-    limit = float(np.finfo(recipe.compute_dtype).max)
-    for adapter, weight, values in zip(adapters, recipe.weights, scaling, strict=True):
-        largest = max(abs(weight), float(np.abs(values).max() * max(1.0, abs(weight))))
-        if not largest <= limit:
-            raise RecipeError(
-                f"{adapter.path}: weight {weight:g} times its scaling leaves the range of "
-                f"{recipe.compute_dtype}",
-                option="weights",
-            )
+    weight, scaling = np.abs(sources.weight), np.abs(sources.scaling)
+    with np.errstate(over="ignore", invalid="ignore"):
+        largest = np.maximum(weight, scaling * np.maximum(1.0, weight))
+    for row in np.flatnonzero(~(largest <= np.finfo(dtype).max))[:1]:
+        raise RecipeError(
+            f"{adapters[sources.adapter[row]].path}: weight {sources.weight[row]:g} times its "
+            f"scaling leaves the range of {dtype}",
+            option="weights",
+        )
 
 
 def check_extras(adapters: Sequence[Adapter], policy: str) -> list[str]:
@@ -54,6 +52,8 @@ def check_bases(adapters: Sequence[Adapter], recipe: Recipe) -> list[str]:
     notices = [f"{a.path}: no adapter_config.json" for a in adapters if a.config is None]
     configs = [(a.path, a.config) for a in adapters if a.config is not None]
     bases = {config.base_model: path for path, config in reversed(configs)}
+    if recipe.base_model is not None:
+        bases[recipe.base_model] = "asked for"
     if len(bases) > 1:
         named = ", ".join(f"{base!r} ({path})" for base, path in reversed(bases.items()))
         message = f"the adapters name different base models: {named}"

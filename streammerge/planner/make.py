@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from streammerge.adapter import DTYPES, ITEM_BYTES, TORCH_NAMES, Adapter
 from streammerge.budget import ON_CPU, Budget, Device
@@ -19,7 +18,8 @@ from streammerge.planner.layout import Pair, lay_out
 from streammerge.planner.output_config import output_config
 from streammerge.planner.routes import Shape, choose_course
 from streammerge.planner.scaling import scalings
-from streammerge.plans import Plan, Sources
+from streammerge.planner.sources import resolve
+from streammerge.plans import Plan
 from streammerge.recipe import Recipe
 
 
@@ -50,8 +50,9 @@ def make_plan(
     rule, space = resolve_method(recipe)
     notices = [*check_extras(adapters, recipe.extras), *check_bases(adapters, recipe)]
     scaling = [scalings(adapter, recipe.scaling) for adapter in adapters]
-    check_range(adapters, recipe, scaling)
     alignment = align(adapters, recipe.include, recipe.exclude)
+    sources = resolve(alignment, scaling, recipe)
+    check_range(adapters, sources, recipe.compute_dtype)
     check_shapes(adapters, alignment, equal_ranks=space.equal_ranks)
     dtype = output_dtype(adapters, alignment, recipe.dtype)
     shapes = _shapes(adapters, alignment, recipe, space, dtype)
@@ -70,6 +71,7 @@ def make_plan(
         adapters,
         {pair.target: pair.rank for pair in pairs},
         selected=recipe.include is not None or recipe.exclude is not None,
+        base_model=recipe.base_model,
     )
     return Plan(
         recipe=recipe.to_dict(),
@@ -77,7 +79,7 @@ def make_plan(
         space=space.name,
         dtype=dtype,
         tasks=tasks,
-        sources=_sources(alignment, scaling),
+        sources=sources,
         files=files,
         config=config,
         allowed_bytes=limits.budget.allowed_bytes,
@@ -127,6 +129,12 @@ def _check_options(recipe: Recipe, rule: RuleSpec, space: SpaceSpec) -> None:
         raise RecipeError(f"{what} needs a density in [0, 1]", option="density")
     if not rule.needs_density and recipe.density is not None:
         raise RecipeError(f"density does not go with {what}, which keeps all", option="density")
+    if rule.elects and recipe.normalize:
+        raise RecipeError(
+            f"normalize does not go with {what}, which divides by how many agree, not by their "
+            "weights",
+            option="normalize",
+        )
     if not rule.elects and recipe.majority_sign != "total":
         raise RecipeError(
             f"majority_sign does not go with {what}, which elects no sign", option="majority_sign"
@@ -188,9 +196,3 @@ def _pair(adapters: Sequence[Adapter], alignment: Alignment, draft: Draft) -> Pa
     inner = tuple(int(size) for size in adapter.columns.inner[row] if size)
     kind = int(adapter.columns.kind[row])
     return Pair(draft.group.target, kind, draft.shape.rank, draft.shape.m, inner)
-
-
-def _sources(alignment: Alignment, scaling: Sequence[npt.NDArray[np.float64]]) -> Sources:
-    starts = np.cumsum([0] + [len(s) for s in scaling[:-1]])
-    values = np.concatenate(scaling)[starts[alignment.adapter] + alignment.row]
-    return Sources(alignment.adapter, alignment.row, values)

@@ -21,7 +21,11 @@ _TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def output_config(
-    adapters: Sequence[Adapter], ranks: Mapping[str, int], *, selected: bool
+    adapters: Sequence[Adapter],
+    ranks: Mapping[str, int],
+    *,
+    selected: bool,
+    base_model: str | None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the config for targets of these output ranks, and notices about what it settles.
 
@@ -29,6 +33,7 @@ def output_config(
         adapters: the sources.
         ranks: each target's rank in the output.
         selected: whether the recipe leaves targets out.
+        base_model: what it is to name as the base; the sources' first when None.
     """
     configs = [a.config for a in adapters if a.config is not None]
     task_type, notices = _task_type([c.task_type for c in configs])
@@ -37,7 +42,8 @@ def output_config(
     config: dict[str, Any] = {
         "alpha_pattern": pattern,
         "auto_mapping": _agreed([_mapping(c.raw.get("auto_mapping")) for c in configs]),
-        "base_model_name_or_path": next((c.base_model for c in configs if c.base_model), None),
+        "base_model_name_or_path": base_model
+        or next((c.base_model for c in configs if c.base_model), None),
         "bias": "none",
         "fan_in_fan_out": any(c.fan_in_fan_out for c in configs),
         "inference_mode": True,

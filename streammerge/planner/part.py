@@ -42,7 +42,13 @@ def take_part(
     part = replace(
         plan,
         tasks=tuple(moved),
-        sources=Sources(positions, new_rows, plan.sources.scaling[rows]),
+        sources=Sources(
+            positions,
+            new_rows,
+            plan.sources.scaling[rows],
+            plan.sources.weight[rows],
+            plan.sources.density[rows],
+        ),
         files=(OutputFile("part", offset),),
         config={},
         notices=(),

@@ -57,6 +57,7 @@ class MergedDeltas:
             new_buffer=sources.a[0].new_buffer,
             keys=sources.keys(work.job, work.task.target, "delta"),
             weights=sources.weights,
+            densities=sources.densities,
         )
         self.tiles = MergedTiles(self._operands, work.job.options, stacked=work.task.stacked)
         self._open = ExitStack()

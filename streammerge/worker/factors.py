@@ -193,10 +193,11 @@ class TargetSources:
     """The factors that take part in one target, in the adapters' order."""
 
     def __init__(self, job: Job, task: Task, device: torch.device, *, hashed: bool = True) -> None:
-        columns, weights = job.plan.sources, job.plan.recipe["weights"]
+        columns = job.plan.sources
         rows = range(task.first, task.last)
         self.positions = [int(columns.adapter[i]) for i in rows]
-        self.weights = [float(weights[p]) for p in self.positions]
+        self.weights = columns.weight[task.first : task.last].tolist()
+        self.densities = columns.density[task.first : task.last].tolist()
         self.scalings = [float(columns.scaling[i]) for i in rows]
         transfer = Transfer(device) if device.type != CPU else None
         self.a, self.b = (

@@ -77,10 +77,7 @@ class Job:
         recipe = plan.recipe
         self.dtype: torch.dtype = getattr(torch, recipe["compute_dtype"])
         self.output_dtype: torch.dtype = getattr(torch, plan.dtype)
-        density = recipe["density"]
-        self.options = RuleOptions(
-            plan.rule, 1.0 if density is None else float(density), recipe["majority_sign"]
-        )
+        self.options = RuleOptions(plan.rule, recipe["majority_sign"])
 
     def window(self, file: TensorFile, offset: int, nbytes: int) -> Bytes:
         """Return stored bytes of an input.

@@ -84,6 +84,7 @@ def _fold(work: Work, writers: Writers) -> None:
             new_buffer=readers[0].new_buffer,
             keys=sources.keys(job, work.task.target, side),
             weights=side_weights,
+            densities=sources.densities,
         )
         merged = MergedTiles(operands, job.options, stacked=work.task.stacked)
         merged.find_thresholds(_streams(merged, len(spans), work.each))

@@ -1,0 +1,71 @@
+"""What takes part in each target, and with which scaling, weight and density."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from streammerge.errors import RecipeError
+from streammerge.planner.align import Alignment
+from streammerge.plans import Sources
+from streammerge.recipe import Recipe
+from streammerge.schedule import Value, depths, value_at
+
+
+def resolve(
+    alignment: Alignment, scaling: Sequence[npt.NDArray[np.float64]], recipe: Recipe
+) -> Sources:
+    """Return the plan's source columns.
+
+    Args:
+        alignment: all rows, ordered by target, then by adapter.
+        scaling: of every row of every adapter.
+        recipe: with the weights and densities.
+
+    Raises:
+        RecipeError: a schedule holds for no value of a target, or weights that are to be
+            normalised add up to zero.
+    """
+    starts = np.cumsum([0] + [len(s) for s in scaling[:-1]])
+    weight = _column(alignment, recipe.weights, "weights")
+    if recipe.normalize:
+        _normalize(alignment, weight)
+    density = recipe.density
+    count = len(recipe.adapters)
+    if not isinstance(density, tuple):
+        density = (1.0 if density is None else density,) * count
+    return Sources(
+        adapter=alignment.adapter,
+        row=alignment.row,
+        scaling=np.concatenate(scaling)[starts[alignment.adapter] + alignment.row],
+        weight=weight,
+        density=_column(alignment, density, "density"),
+    )
+
+
+def _column(alignment: Alignment, values: Sequence[Value], option: str) -> npt.NDArray[np.float64]:
+    """Return each row's value: its adapter's number, or what its adapter's schedule says."""
+    plain = [np.nan if isinstance(value, tuple) else float(value) for value in values]
+    column = np.array(plain)[alignment.adapter]
+    if not any(isinstance(value, tuple) for value in values):
+        return column
+    groups = alignment.groups
+    for group, depth in zip(groups, depths([group.target for group in groups]), strict=True):
+        for row in range(group.first, group.last):
+            value = values[alignment.adapter[row]]
+            if isinstance(value, tuple):
+                column[row] = value_at(value, group.target, depth, option=option)
+    return column
+
+
+def _normalize(alignment: Alignment, weight: npt.NDArray[np.float64]) -> None:
+    """Divide the weights of each target by their sum, in place."""
+    for group in alignment.groups:
+        total = float(weight[group.first : group.last].sum())
+        if total == 0.0:
+            raise RecipeError(
+                f"normalize: the weights of {group.target} add up to zero", option="normalize"
+            )
+        weight[group.first : group.last] /= total
