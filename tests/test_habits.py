@@ -234,7 +234,7 @@ def test_a_dry_run_refuses_what_plan_refuses(adapters: list[str], tmp_path: Path
         (["--verbose"], "--verbose"),
         (["merge", "A", "-o", "O", "--method", "tie"], "did you mean ties"),
         (["verify", "gone"], "no such directory"),
-        (["inspect", "gone"], "no such directory"),
+        (["inspect", "gone"], "no such"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

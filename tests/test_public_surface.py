@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import pkgutil
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -131,7 +130,8 @@ class TestCommandLine:
             start = time.perf_counter()
             cli("--help")
             took.append(time.perf_counter() - start)
-        assert statistics.median(took) < LONGEST_HELP_SECONDS, took
+        # Of a machine that is busy with something else the least says most.
+        assert min(took) < LONGEST_HELP_SECONDS, took
 
     def test_help_loads_nothing_heavy(self) -> None:
         source = (
