@@ -214,6 +214,7 @@ class Adapter:
     extras: tuple[str, ...] = ()
     """Tensors in the files that are not LoRA factors."""
     dialect: Dialect = PEFT
+    """Whose names and layout its tensors have."""
     keys: tuple[tuple[str, str], ...] | None = None
     """The names of each row's A and B in the files, where they are not a prefix, the target and
     PEFT's suffix."""
