@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from streammerge import events
 from streammerge.adapter import Adapter, NameTable
 from streammerge.budget import CPU, format_size, parse_duration
-from streammerge.cards import card
 from streammerge.errors import printable
+from streammerge.notebook import card
 from streammerge.output.record import write_timings
 from streammerge.output.staging import Staging, check_output
 from streammerge.plans import SHOWN, Plan
