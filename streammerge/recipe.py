@@ -17,6 +17,7 @@ from streammerge.schedule import Value, as_json, make_value, numbers
 Number = TypeVar("Number", int, float)
 
 OUTPUT_DTYPES = ("auto", "float64", "float32", "float16", "bfloat16")
+FORMATS = ("auto", "peft", "diffusers")
 COMPUTE_DTYPES = ("float32", "float64")
 MAJORITY_SIGNS = ("total", "frequency")
 EXTRAS = ("error", "drop")
@@ -31,7 +32,7 @@ class Recipe:
     """
 
     adapters: tuple[str, ...]
-    """Directories, in order: an adapter's position decides its weight and its DARE masks."""
+    """Paths, in order: an adapter's position decides its weight and its DARE masks."""
     method: str
     weights: tuple[Value, ...]
     """One for each adapter: a number, or what says it of each target."""
@@ -49,6 +50,8 @@ class Recipe:
     seed: int = 0
     dtype: str = "auto"
     """Of the output; "auto" is the widest of the inputs."""
+    format: str = "auto"
+    """Of the output: "peft" or "diffusers"; "auto" is that of the inputs."""
     compute_dtype: str = "float32"
     extras: str = "error"
     """What to do about tensors that are not LoRA factors."""
@@ -78,6 +81,7 @@ class Recipe:
             raise RecipeError(f"seed must be in [0, 2**64), not {self.seed!r}", option="seed")
         _check_choice("majority_sign", self.majority_sign, MAJORITY_SIGNS)
         _check_choice("dtype", self.dtype, OUTPUT_DTYPES)
+        _check_choice("format", self.format, FORMATS)
         _check_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         _check_choice("extras", self.extras, EXTRAS)
         _check_scaling(self.scaling)

@@ -36,6 +36,7 @@ _OPTIONS: dict[str, tuple[type, ...]] = {
     "scaling": (*_TEXT, *_NUMBER),
     "include": _TEXT,
     "exclude": _TEXT,
+    "format": _TEXT,
     "base_model": _TEXT,
     "strict_base": (bool,),
     "max_shard_size": (str, int),

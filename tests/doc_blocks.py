@@ -9,6 +9,7 @@ A comment before a block says how it is meant:
     <!-- file: NAME -->        its text is a file in the folder, for blocks that come later
     <!-- exit: CODE -->        its last command ends with this exit code
     <!-- into: FILE TABLE -->  it is put into the source of the package, by a test of its own
+    <!-- instead: FILE NAME -->  it takes the place of what is called so there, by the same test
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Block:
     not_run: str | None = None
     file: str | None = None
     into: str | None = None
+    instead: str | None = None
     exit_code: int = 0
 
 
@@ -79,6 +81,7 @@ def blocks_of(page: Path) -> Iterator[Block]:
                 said.get("not run"),
                 said.get("file"),
                 said.get("into"),
+                said.get("instead"),
                 int(said.get("exit", 0)),
             )
             before = ""
@@ -113,7 +116,7 @@ class Session:
         """Run a block; what went wrong, or None."""
         if block.not_run:
             return self._grammar(block)
-        if block.into:
+        if block.into or block.instead:
             return None
         if block.file:
             path = self.folder / block.file

@@ -23,6 +23,7 @@ from making import (
 )
 from streammerge.adapter import NameTable
 from streammerge.budget import Budget
+from streammerge.output.header import metadata_of
 from streammerge.output.record import write_config, write_record
 from streammerge.output.writer import RegionReader, allocate
 from streammerge.planner import make_plan
@@ -84,7 +85,7 @@ def output(source: Directory) -> Directory:
         out = Path(place) / "out"
         out.mkdir()
         regions = [region for task in plan.tasks for region in (task.a, task.b)]
-        (start,) = allocate(out, plan.files, regions, plan.dtype)
+        (start,) = allocate(out, plan.files, regions, plan.dtype, metadata_of(plan))
         write_config(out, plan)
         with RegionReader(out, (WEIGHTS,), (start,)) as reader:
             sums = {region.name: reader.checksum(region) for region in regions}
@@ -108,10 +109,9 @@ def real() -> dict[str, Directory]:
 
 
 def _found(folder: Path) -> Iterator[tuple[str, Directory]]:
-    for config in sorted(folder.glob(f"*/*/{CONFIG}")):
-        weights = config.with_name(WEIGHTS)
-        found = {CONFIG: _head(config)} | ({WEIGHTS: _head(weights)} if weights.exists() else {})
-        yield f"{config.parent.parent.name}/{config.parent.name}", found
+    for place in sorted(folder.glob("[!_]*/*")) + sorted(folder.glob("_loners/*")):
+        found = {name: _head(place / name) for name in (CONFIG, WEIGHTS) if (place / name).exists()}
+        yield f"{place.parent.name}/{place.name}", found
     sound = one_file(ONE)
     for path in sorted((folder / "_hostile").glob("*.safetensors")):
         yield path.name, sound | {WEIGHTS: _head(path)}

@@ -47,8 +47,8 @@ def merge(
 ) -> None:
     """Merge adapters into one.
 
-    ADAPTERS are PEFT directories, in the order of their weights. The output is an ordinary PEFT
-    adapter; it appears whole, or not at all.
+    ADAPTERS are directories or files of LoRAs, in the order of their weights. The output appears
+    whole, or not at all.
 
     Stopped by SIGTERM, SIGINT or --time-limit it keeps what is done, exits with 75 and prints the
     command that goes on; killed by anything else, the same command with --resume goes on.
@@ -114,7 +114,7 @@ def _summary(result: MergeResult) -> list[str]:
         mean = sum(error for error, _ in errors) / len(errors)
         worst, target = max(errors)
         lines.append(
-            f"cut to rank {plan.config['r']}: relative error {mean:.3g} on average, {worst:.3g} "
+            f"cut to rank {plan.usual_rank}: relative error {mean:.3g} on average, {worst:.3g} "
             f"at most ({target})"
         )
     return lines

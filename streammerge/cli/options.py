@@ -10,7 +10,7 @@ from click.shell_completion import CompletionItem
 
 from streammerge.catalog import METHODS, SPACES
 from streammerge.cli.program import section
-from streammerge.recipe import COMPUTE_DTYPES, EXTRAS, MAJORITY_SIGNS, OUTPUT_DTYPES
+from streammerge.recipe import COMPUTE_DTYPES, EXTRAS, FORMATS, MAJORITY_SIGNS, OUTPUT_DTYPES
 
 OUTPUT = "Output"
 RUN = "Run"
@@ -222,6 +222,13 @@ _OUTPUT = (
         default="auto",
         show_default=True,
         help="float32, float16, bfloat16 or float64; auto: the widest of the inputs.",
+    ),
+    click.option(
+        "--format",
+        type=Word(*FORMATS),
+        default="auto",
+        show_default=True,
+        help="Whose names and layout it has; auto is that of the inputs.",
     ),
     click.option(
         "--max-shard-size",
