@@ -10,10 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+Dialect = Literal["peft", "diffusers", "kohya", "mlx"]
+"""Whose names and layout an adapter's tensors have."""
+
+PEFT: Dialect = "peft"
+DIFFUSERS: Dialect = "diffusers"
+KOHYA: Dialect = "kohya"
+MLX: Dialect = "mlx"
+
+IMAGE_DIALECTS = (DIFFUSERS, KOHYA)
+"""Those whose targets begin with the component of a pipeline, such as `unet.`."""
 
 LINEAR, EMBEDDING, CONV = 0, 1, 2
 """Layer kinds: how the factors are named and shaped in the file."""
@@ -30,6 +41,15 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 INDEX_NAME = "adapter_model.safetensors.index.json"
 """An adapter's files: PEFT's names, and the usual one for the index of shards."""
+
+IMAGE_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+"""diffusers' name for the one file of an adapter."""
+
+PLAIN_METADATA = {"format": "pt"}
+"""What PEFT writes into the header of a file besides the tensors."""
+
+METADATA_KEY = "lora_adapter_metadata"
+"""What diffusers calls the configs, JSON, in that file's header."""
 
 PREFIX = "base_model.model."
 """What PEFT writes before every module's path."""
@@ -62,7 +82,10 @@ class NameTable:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What of an adapter_config.json a merge needs; `raw` is the rest of it."""
+    """What of an adapter_config.json a merge needs; `raw` is the rest of it.
+
+    In MLX's alpha is the scaling itself, and `dialect` says so.
+    """
 
     rank: int
     alpha: float
@@ -73,6 +96,7 @@ class AdapterConfig:
     base_model: str | None = None
     task_type: str | None = None
     raw: Mapping[str, Any] = field(default_factory=dict)
+    dialect: Dialect = PEFT
 
 
 @dataclass(frozen=True)
@@ -92,9 +116,12 @@ class Columns:
     """What follows the rank in A's shape, four places, filled up with zeros: (n, 0, 0, 0), or
     (inputs, kernel, …) of a convolution."""
     declared_rank: npt.NDArray[np.int32]
-    """The rank that the config gives this target; 0 where there is no config."""
+    """The rank that the config gives this target; 0 where nothing does."""
     alpha: npt.NDArray[np.float64]
-    """The config's alpha for this target; NaN where there is no config."""
+    """The alpha that the config, or a tensor, gives this target; NaN where nothing does."""
+    power: npt.NDArray[np.float32]
+    """The scaling is alpha over the rank to this power: 1, 1/2 with rslora, and 0 where alpha is
+    the scaling itself."""
     prefix: npt.NDArray[np.uint16]
     """Which of the adapter's key prefixes this target has in the file."""
     a_file: npt.NDArray[np.uint16]
@@ -125,6 +152,7 @@ _COLUMN_DTYPES: dict[str, Any] = {
     "inner": np.int32,
     "declared_rank": np.int32,
     "alpha": np.float64,
+    "power": np.float32,
     "prefix": np.uint16,
     "a_file": np.uint16,
     "a_offset": np.int64,
@@ -154,6 +182,9 @@ class Factor:
     offset: int
     dtype: str
     shape: tuple[int, ...]
+    """As a factor: A is rank × …, B is m × rank …."""
+    turned: bool = False
+    """Whether the file holds its transpose."""
 
     @property
     def elements(self) -> int:
@@ -173,6 +204,12 @@ class Adapter:
     prefixes: tuple[str, ...] = (PREFIX,)
     extras: tuple[str, ...] = ()
     """Tensors in the files that are not LoRA factors."""
+    dialect: Dialect = PEFT
+    keys: tuple[tuple[str, str], ...] | None = None
+    """The names of each row's A and B in the files, where they are not a prefix, the target and
+    PEFT's suffix."""
+    notices: tuple[str, ...] = ()
+    """What was settled when it was read, and somebody may want to know."""
 
     def __len__(self) -> int:
         return len(self.columns.name)
@@ -190,23 +227,43 @@ class Adapter:
         columns = {name: column[rows] for name, column in vars(self.columns).items()}
         numbers = [table.add(self.table.names[number]) for number in columns["name"]]
         columns["name"] = np.array(numbers, np.int32)
-        return replace(self, config=None, extras=(), table=table, columns=Columns(**columns))
+        return replace(
+            self,
+            config=None,
+            extras=(),
+            table=table,
+            columns=Columns(**columns),
+            keys=None if self.keys is None else tuple(self.keys[row] for row in rows),
+            notices=(),
+        )
 
     def target(self, row: int) -> str:
         """Return the module path of `row`."""
         return self.table.names[int(self.columns.name[row])]
 
+    def key(self, row: int, side: str) -> str:
+        """Return the name of factor `side` ("A" or "B") of `row` in its file."""
+        if self.keys is not None:
+            return self.keys[row]["AB".index(side)]
+        prefix = self.prefixes[int(self.columns.prefix[row])]
+        suffix = SUFFIXES[int(self.columns.kind[row])]["AB".index(side)]
+        return prefix + self.target(row) + suffix
+
     def factor(self, row: int, side: str) -> Factor:
-        """Return where factor `side` ("A" or "B") of `row` lies, with its shape in the file."""
+        """Return where factor `side` ("A" or "B") of `row` lies, and what it is."""
         c = self.columns
-        kind, rank = int(c.kind[row]), int(c.rank[row])
-        key = self.prefixes[int(c.prefix[row])] + self.target(row)
-        inner = tuple(int(d) for d in c.inner[row] if d)
+        rank, inner = int(c.rank[row]), tuple(int(d) for d in c.inner[row] if d)
         if side == "A":
             file, offset, dtype = c.a_file[row], c.a_offset[row], c.a_dtype[row]
-            key, shape = key + SUFFIXES[kind][0], (rank, *inner)
+            shape: tuple[int, ...] = (rank, *inner)
         else:
             file, offset, dtype = c.b_file[row], c.b_offset[row], c.b_dtype[row]
-            key = key + SUFFIXES[kind][1]
             shape = (int(c.m[row]), rank, *(1,) * (len(inner) - 1))
-        return Factor(self.files[int(file)], key, int(offset), DTYPES[int(dtype)], shape)
+        return Factor(
+            file=self.files[int(file)],
+            key=self.key(row, side),
+            offset=int(offset),
+            dtype=DTYPES[int(dtype)],
+            shape=shape,
+            turned=self.dialect == MLX,
+        )

@@ -49,7 +49,7 @@ def open_adapter(path: StrPath) -> Adapter:
     """Return the manifest of an adapter; of its weights only the header is read.
 
     Args:
-        path: a PEFT adapter directory.
+        path: an adapter's directory or file: PEFT's, diffusers', kohya's or MLX's.
 
     Raises:
         AdapterError: a subclass of it says why it cannot be used.
@@ -70,6 +70,7 @@ def plan(
     clamp: float | None = None,
     seed: int = 0,
     dtype: str = "auto",
+    format: str = "auto",  # noqa: A002  (the option's name)
     compute_dtype: str = "float32",
     extras: str = "error",
     scaling: str | float | None = None,
@@ -108,6 +109,7 @@ def plan(
         clamp=clamp,
         seed=seed,
         dtype=dtype,
+        format=format,
         compute_dtype=compute_dtype,
         extras=extras,
         scaling=scaling,
@@ -144,6 +146,7 @@ def merge(
     clamp: float | None = None,
     seed: int = 0,
     dtype: str = "auto",
+    format: str = "auto",  # noqa: A002  (the option's name)
     compute_dtype: str = "float32",
     extras: str = "error",
     scaling: str | float | None = None,
@@ -167,7 +170,8 @@ def merge(
     """Merge LoRA adapters on disk into one adapter on disk, without the base model.
 
     Args:
-        adapters: PEFT adapter directories, in the order of their weights.
+        adapters: directories or files of LoRA adapters, in the order of their weights; PEFT's,
+            diffusers', kohya's and MLX's are read.
         output: directory to make; it appears whole, or not at all.
         method: one of PEFT's combination types, such as "svd", "ties" or "dare_ties_svd".
         weights: one for each adapter, 1.0 each when None; they are not normalised.
@@ -179,6 +183,8 @@ def merge(
         seed: of DARE's masks and of the iteration's start.
         dtype: of the output: "float32", "float16", "bfloat16", "float64", or "auto" for the
             widest of the inputs.
+        format: of the output: "peft", "diffusers" (one pytorch_lora_weights.safetensors that a
+            pipeline loads), or "auto" for that of the inputs.
         compute_dtype: "float32" or "float64".
         extras: "error" or "drop": tensors that are not LoRA factors.
         scaling: "config", "tensor" or a number, where a config does not explain a tensor's rank.
@@ -233,6 +239,7 @@ def merge(
         clamp=clamp,
         seed=seed,
         dtype=dtype,
+        format=format,
         compute_dtype=compute_dtype,
         extras=extras,
         scaling=scaling,

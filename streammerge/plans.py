@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -145,12 +146,14 @@ class Plan:
     sources: Sources
     files: tuple[OutputFile, ...]
     config: dict[str, Any]
-    """The output's adapter_config.json."""
+    """The output's adapter_config.json; what stands in its header instead, in diffusers' format."""
     allowed_bytes: int
     allowed_origin: str
     reserved_bytes: int
     concurrency: int
     """Threads: as many tasks are in flight at once, or lanes of one."""
+    format: str = "peft"
+    """Of the output: "peft" or "diffusers"."""
     device: str = CPU
     """Where tasks compute, as torch spells it."""
     device_origin: str = "as asked"
@@ -161,6 +164,12 @@ class Plan:
     scratch: str | None = None
     """Directory for tiles that do not fit into memory."""
     notices: tuple[str, ...] = ()
+
+    @property
+    def usual_rank(self) -> int:
+        """The rank that most targets of the output have, the larger one of equals."""
+        counts = Counter(task.rank for task in self.tasks)
+        return max(counts, key=lambda rank: (counts[rank], rank))
 
     @property
     def read_bytes(self) -> int:

@@ -15,6 +15,7 @@ from streammerge.errors import RecipeError
 Number = TypeVar("Number", int, float)
 
 OUTPUT_DTYPES = ("auto", "float64", "float32", "float16", "bfloat16")
+FORMATS = ("auto", "peft", "diffusers")
 COMPUTE_DTYPES = ("float32", "float64")
 MAJORITY_SIGNS = ("total", "frequency")
 EXTRAS = ("error", "drop")
@@ -29,7 +30,7 @@ class Recipe:
     """
 
     adapters: tuple[str, ...]
-    """Directories, in order: an adapter's position decides its weight and its DARE masks."""
+    """Paths, in order: an adapter's position decides its weight and its DARE masks."""
     method: str
     weights: tuple[float, ...]
     """One for each adapter; they are not normalised."""
@@ -45,6 +46,8 @@ class Recipe:
     seed: int = 0
     dtype: str = "auto"
     """Of the output; "auto" is the widest of the inputs."""
+    format: str = "auto"
+    """Of the output: "peft" or "diffusers"; "auto" is that of the inputs."""
     compute_dtype: str = "float32"
     extras: str = "error"
     """What to do about tensors that are not LoRA factors."""
@@ -72,6 +75,7 @@ class Recipe:
             raise RecipeError(f"seed must be in [0, 2**64), not {self.seed!r}", option="seed")
         _check_choice("majority_sign", self.majority_sign, MAJORITY_SIGNS)
         _check_choice("dtype", self.dtype, OUTPUT_DTYPES)
+        _check_choice("format", self.format, FORMATS)
         _check_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         _check_choice("extras", self.extras, EXTRAS)
         _check_scaling(self.scaling)

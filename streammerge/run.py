@@ -12,6 +12,7 @@ from streammerge.errors import StoppedError, StorageError, StreammergeError
 from streammerge.executors.serial import run_serial
 from streammerge.finish import ModuleReport, finish
 from streammerge.ledger import Ledger
+from streammerge.output.header import metadata_of
 from streammerge.output.journal import Unfinished
 from streammerge.output.staging import Staging
 from streammerge.output.writer import allocate, forget, reopen
@@ -90,13 +91,13 @@ def _open_files(plan: Plan, staging: Staging) -> tuple[tuple[int, ...], Unfinish
     """Return where each output file's data begin, and the unfinished run that wrote to them."""
     regions = [region for task in plan.tasks for region in (task.a, task.b)]
     if staging.unfinished is not None:
-        starts = reopen(staging.path, plan.files, regions, plan.dtype)
+        starts = reopen(staging.path, plan.files, regions, plan.dtype, metadata_of(plan))
         if starts is not None:
             for file in plan.files:
                 forget(staging.path / file.name)
             return starts, staging.unfinished
         staging.journal.entries = 0  # what they speak of is gone
-    return allocate(staging.path, plan.files, regions, plan.dtype), None
+    return allocate(staging.path, plan.files, regions, plan.dtype, metadata_of(plan)), None
 
 
 def _both(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

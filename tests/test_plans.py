@@ -124,7 +124,7 @@ def manifest(
         offset = b + rank * module.m * item
         name = table.add(f"model.{number}.{'up' if number % 2 else 'down'}")
         shape = (module.kind, rank, module.m, module.n, inner)
-        rows.append((name, *shape, rank, 16.0, 0, 0, a, dtype, 0, b, dtype))
+        rows.append((name, *shape, rank, 16.0, 1.0, 0, 0, a, dtype, 0, b, dtype))
     return Adapter(
         path=path,
         config=AdapterConfig(rank=8, alpha=16.0),

@@ -227,18 +227,15 @@ U = errors.UnsupportedAdapterError
 R = errors.RecipeError
 
 FILES = {
-    "no directory": Refusal(M, ("{bad}", "no such directory"), nothing),
-    "a file for a directory": Refusal(M, ("{bad}", "give the adapter's directory"), a_file),
+    "nothing": Refusal(M, ("{bad}", "no such file or directory"), nothing),
+    "a file that is none of weights": Refusal(C, ("{bad}", "safetensors header"), a_file),
     "an empty directory": Refusal(M, ("{bad}", WEIGHTS), only()),
     "a config alone": Refusal(M, ("{bad}", WEIGHTS), config_alone),
     "adapters one level down": Refusal(
         M, ("{bad}", "did you mean {bad}/poems"), only(f"poems/{CONFIG}", f"poems/{WEIGHTS}")
     ),
-    "pickled weights alone": Refusal(
-        U,
-        ("{bad}", "adapter_model.bin", "PEFT"),
-        only("adapter_model.bin"),
-        facts={"variant": "pickle"},
+    "pickled weights that are none": Refusal(
+        C, ("{bad}/adapter_model.bin", "is not a file of torch.save"), only("adapter_model.bin")
     ),
     "weights that are a directory": Refusal(C, (f"{{bad}}/{WEIGHTS}",), weights_are_a_directory),
     "no bytes": Refusal(C, (f"{{bad}}/{WEIGHTS}", "0 bytes"), cut(0)),
@@ -401,89 +398,109 @@ CONFIGS = (
 
 MLX_CONFIG = {"lora_parameters": {"rank": 8, "scale": 10.0}, "lora_layers": 4}
 
-TENSORS = {
-    "no tensors": Refusal(C, ("{bad}", "no LoRA tensors"), weights_of(WITHOUT_TENSORS)),
-    "no LoRA tensors": Refusal(
-        C, ("{bad}", "no LoRA tensors"), tensors_alone(make_config(LAYERS), "model.norm.weight")
-    ),
-    "A without B": Refusal(C, (f"{{bad}}/{WEIGHTS}: {UP_A}", "no B"), without(UP_B)),
-    "B without A": Refusal(C, (f"{{bad}}/{WEIGHTS}: {UP_B}", "no A"), without(UP_A)),
-    "A and B of different ranks": Refusal(
-        C, (f"{{bad}}/{WEIGHTS}: {UP_B}", "[12, 3]", UP_A), extra(UP_B, (12, 3))
-    ),
-    "A of one dimension": Refusal(C, (f"{{bad}}/{WEIGHTS}: {UP_A}", "[16]"), extra(UP_A, (16,))),
-    "A without rows": Refusal(C, (f"{{bad}}/{WEIGHTS}: {UP_A}",), extra(UP_A, (0, 8))),
-    "factors of whole numbers": Refusal(
-        U, (f"{{bad}}/{WEIGHTS}: {UP_A}", "I32", "BF16"), extra(UP_A, (2, 8), "I32")
-    ),
-    "factors of eight bits": Refusal(
-        U,
-        (f"{{bad}}/{WEIGHTS}: {UP_A}", "F8_E4M3"),
-        lambda bad: write_adapter(bad, LAYERS, extra={UP_A: Tensor("F8_E4M3", (2, 8), bytes(16))}),
-    ),
-    "a target under two prefixes": Refusal(
-        C, (f"{{bad}}/{WEIGHTS}", "block.", "two prefixes"), two_prefixes
-    ),
-    "a DoRA magnitude": Refusal(
-        U,
-        (f"{{bad}}/{WEIGHTS}: {PREFIX}block.up.lora_magnitude_vector", "DoRA"),
-        extra(f"{PREFIX}block.up.lora_magnitude_vector"),
-        facts={"variant": "DoRA"},
-    ),
-    "a factor inside a LoRA layer": Refusal(
-        U,
-        (f"{{bad}}/{WEIGHTS}: {PREFIX}experts.base_layer.lora_A.weight", "target_parameters"),
-        extra(f"{PREFIX}experts.base_layer.lora_A.weight", (2, 8)),
-    ),
-    "a grouped convolution": Refusal(
-        U,
-        (f"{{bad}}/{WEIGHTS}: {UP_B}", "2 groups", "grouped convolution"),
-        lambda bad: write_adapter(
-            bad, LAYERS, extra={n: encode(np.ones(s)) for n, s in GROUPED.items()}
+TENSORS = (
+    {
+        "no tensors": Refusal(C, ("{bad}", "no LoRA tensors"), weights_of(WITHOUT_TENSORS)),
+        "no LoRA tensors": Refusal(
+            C, ("{bad}", "no LoRA tensors"), tensors_alone(make_config(LAYERS), "model.norm.weight")
         ),
-    ),
-    "a convolution's B with a kernel": Refusal(
-        C,
-        (f"{{bad}}/{WEIGHTS}: {UP_B}", "1×1"),
-        lambda bad: write_adapter(
-            bad,
-            LAYERS,
-            extra={UP_A: encode(np.ones((2, 4, 3))), UP_B: encode(np.ones((12, 2, 3)))},
+        "A without B": Refusal(C, (f"{{bad}}/{WEIGHTS}: {UP_A}", "no B"), without(UP_B)),
+        "B without A": Refusal(C, (f"{{bad}}/{WEIGHTS}: {UP_B}", "no A"), without(UP_A)),
+        "A and B of different ranks": Refusal(
+            C, (f"{{bad}}/{WEIGHTS}: {UP_B}", "[12, 3]", UP_A), extra(UP_B, (12, 3))
         ),
-    ),
-    "lora_bias": Refusal(
-        errors.ExtraTensorsError,
-        ("{bad}", f"{PREFIX}block.up.lora_B.bias", "--extras drop"),
-        extra(f"{PREFIX}block.up.lora_B.bias", lora_bias=True),
-        facts={"names": (f"{PREFIX}block.up.lora_B.bias",)},
-    ),
-    "a trained head": Refusal(
-        errors.ExtraTensorsError,
-        ("{bad}", f"{PREFIX}classifier.weight", "--extras drop"),
-        extra(f"{PREFIX}classifier.weight", modules_to_save=["classifier"]),
-        facts={"names": (f"{PREFIX}classifier.weight",)},
-    ),
-    "an MLX config": Refusal(
-        U,
-        (f"{{bad}}/{CONFIG}", "MLX"),
-        tensors_alone(MLX_CONFIG, "model.layers.0.self_attn.q_proj.lora_a"),
-        facts={"variant": "MLX"},
-    ),
-} | {
-    f"{layout} tensors": Refusal(
-        U, ("{bad}", name, layout), tensors_alone(None, name), facts={"variant": layout}
-    )
-    for layout, name in {
-        "MLX": "model.layers.0.self_attn.q_proj.lora_a",
-        "kohya": "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight",
-        "diffusers": "unet.down_blocks.0.attentions.0.to_k.lora.down.weight",
-        "LoKr": "lora_te_text_model_encoder_layers_0_mlp_fc1.lokr_w1",
-        "LoHa": f"{PREFIX}block.up.hada_w1_a",
-        "IA3": f"{PREFIX}block.up.ia3_l",
-        "AdaLoRA": f"{PREFIX}block.up.lora_E",
-        "raw PEFT state dict": f"{PREFIX}block.up.lora_A.default.weight",
-    }.items()
-}
+        "A of one dimension": Refusal(
+            C, (f"{{bad}}/{WEIGHTS}: {UP_A}", "[16]"), extra(UP_A, (16,))
+        ),
+        "A without rows": Refusal(C, (f"{{bad}}/{WEIGHTS}: {UP_A}",), extra(UP_A, (0, 8))),
+        "factors of whole numbers": Refusal(
+            U, (f"{{bad}}/{WEIGHTS}: {UP_A}", "I32", "BF16"), extra(UP_A, (2, 8), "I32")
+        ),
+        "factors of eight bits": Refusal(
+            U,
+            (f"{{bad}}/{WEIGHTS}: {UP_A}", "F8_E4M3"),
+            lambda bad: write_adapter(
+                bad, LAYERS, extra={UP_A: Tensor("F8_E4M3", (2, 8), bytes(16))}
+            ),
+        ),
+        "a target under two prefixes": Refusal(
+            C, (f"{{bad}}/{WEIGHTS}", "block.", "two prefixes"), two_prefixes
+        ),
+        "a DoRA magnitude": Refusal(
+            U,
+            (f"{{bad}}/{WEIGHTS}: {PREFIX}block.up.lora_magnitude_vector", "DoRA"),
+            extra(f"{PREFIX}block.up.lora_magnitude_vector"),
+            facts={"variant": "DoRA"},
+        ),
+        "a factor inside a LoRA layer": Refusal(
+            U,
+            (f"{{bad}}/{WEIGHTS}: {PREFIX}experts.base_layer.lora_A.weight", "target_parameters"),
+            extra(f"{PREFIX}experts.base_layer.lora_A.weight", (2, 8)),
+        ),
+        "a grouped convolution": Refusal(
+            U,
+            (f"{{bad}}/{WEIGHTS}: {UP_B}", "2 groups", "grouped convolution"),
+            lambda bad: write_adapter(
+                bad, LAYERS, extra={n: encode(np.ones(s)) for n, s in GROUPED.items()}
+            ),
+        ),
+        "a convolution's B with a kernel": Refusal(
+            C,
+            (f"{{bad}}/{WEIGHTS}: {UP_B}", "1×1"),
+            lambda bad: write_adapter(
+                bad,
+                LAYERS,
+                extra={UP_A: encode(np.ones((2, 4, 3))), UP_B: encode(np.ones((12, 2, 3)))},
+            ),
+        ),
+        "lora_bias": Refusal(
+            errors.ExtraTensorsError,
+            ("{bad}", f"{PREFIX}block.up.lora_B.bias", "--extras drop"),
+            extra(f"{PREFIX}block.up.lora_B.bias", lora_bias=True),
+            facts={"names": (f"{PREFIX}block.up.lora_B.bias",)},
+        ),
+        "a trained head": Refusal(
+            errors.ExtraTensorsError,
+            ("{bad}", f"{PREFIX}classifier.weight", "--extras drop"),
+            extra(f"{PREFIX}classifier.weight", modules_to_save=["classifier"]),
+            facts={"names": (f"{PREFIX}classifier.weight",)},
+        ),
+        "an MLX config beside PEFT's tensors": Refusal(
+            C,
+            (f"{{bad}}/{WEIGHTS}", "layout of peft", "of mlx"),
+            tensors_alone(MLX_CONFIG, UP_A, UP_B),
+        ),
+        "PEFT's config beside MLX's tensors": Refusal(
+            C,
+            (f"{{bad}}/{WEIGHTS}", "layout of mlx", "of peft"),
+            tensors_alone(make_config(LAYERS), "up.lora_a", "up.lora_b"),
+        ),
+    }
+    | {
+        f"{layout} tensors": Refusal(
+            U, ("{bad}", name, layout), tensors_alone(None, name), facts={"variant": layout}
+        )
+        for layout, name in {
+            "LoKr": "lora_te_text_model_encoder_layers_0_mlp_fc1.lokr_w1",
+            "LoHa": f"{PREFIX}block.up.hada_w1_a",
+            "IA3": f"{PREFIX}block.up.ia3_l",
+            "AdaLoRA": f"{PREFIX}block.up.lora_E",
+            "raw PEFT state dict": f"{PREFIX}block.up.lora_A.default.weight",
+            "LoCon": "lora_unet_down_blocks_0_resnets_0_conv1.lora_mid.weight",
+            "ComfyUI": "diffusion_model.blocks.0.attn.lora_A.weight",
+        }.items()
+    }
+    | {
+        f"half of a pair of {layout}": Refusal(
+            C, (f"{{bad}}/{WEIGHTS}", name, "no B factor"), tensors_alone(None, name)
+        )
+        for layout, name in {
+            "MLX": "model.layers.0.self_attn.q_proj.lora_a",
+            "kohya": "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight",
+            "diffusers": "unet.down_blocks.0.attentions.0.to_k.lora.down.weight",
+        }.items()
+    }
+)
 
 TOGETHER = {
     "shapes that disagree": Refusal(

@@ -65,7 +65,7 @@ class Case:
             offset = b + 2 * self.rank * m
             shape = (LINEAR, self.rank, m, n, (n, 0, 0, 0))
             name = table.add(target)
-            rows.append((name, *shape, self.rank, 2.0 * self.rank, 0, 0, a, BF16, 0, b, BF16))
+            rows.append((name, *shape, self.rank, 2.0 * self.rank, 1.0, 0, 0, a, BF16, 0, b, BF16))
         return Adapter(
             path=path,
             config=AdapterConfig(rank=self.rank, alpha=2.0 * self.rank),

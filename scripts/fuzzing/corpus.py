@@ -23,6 +23,7 @@ from making import (
 )
 from streammerge.adapter import NameTable
 from streammerge.budget import Budget
+from streammerge.output.header import metadata_of
 from streammerge.output.record import write_config, write_record
 from streammerge.output.writer import RegionReader, allocate
 from streammerge.planner import make_plan
@@ -84,7 +85,7 @@ def output(source: Directory) -> Directory:
         out = Path(place) / "out"
         out.mkdir()
         regions = [region for task in plan.tasks for region in (task.a, task.b)]
-        (start,) = allocate(out, plan.files, regions, plan.dtype)
+        (start,) = allocate(out, plan.files, regions, plan.dtype, metadata_of(plan))
         write_config(out, plan)
         with RegionReader(out, (WEIGHTS,), (start,)) as reader:
             sums = {region.name: reader.checksum(region) for region in regions}

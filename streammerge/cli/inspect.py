@@ -39,16 +39,18 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
     kinds = ("linear", "embedding", "convolution")
     modules = Counter(adapter.target(row).rsplit(".", 1)[-1] for row in range(len(adapter)))
     unexplained = int((columns.declared_rank != columns.rank).sum())
+    explained = bool((columns.declared_rank > 0).all())
     return {
         "path": adapter.path,
+        "format": adapter.dialect,
         "base model": config.base_model if config else None,
         "task": config.task_type if config else None,
         "targets": len(adapter),
         "modules": dict(sorted(modules.items())),
         "layers": dict(Counter(kinds[kind] for kind in columns.kind.tolist())),
         "ranks": dict(sorted(Counter(columns.rank.tolist()).items())),
-        "alphas": sorted(set(columns.alpha.tolist())) if config else None,
-        "rslora": config.use_rslora if config else None,
+        "alphas": sorted(set(columns.alpha.tolist())) if explained else None,
+        "rslora": bool((columns.power == 0.5).any()) if explained else None,
         "dtypes": [DTYPES[code] for code in sorted(set(columns.a_dtype) | set(columns.b_dtype))],
         "parameters": int((columns.rank * (columns.m + columns.n)).sum()),
         "bytes": sum(file.size for file in adapter.files),

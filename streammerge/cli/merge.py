@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def merge(
     adapters: tuple[str, ...], output: str, quiet: bool, as_json: bool, **options: Any
 ) -> None:
-    """Merge ADAPTERS (PEFT directories) into one adapter.
+    """Merge ADAPTERS (directories or files of LoRAs) into one adapter.
 
     \b
     streammerge merge A B C -o OUT --method ties --weights 2.0,0.3,0.7 --density 0.2
@@ -61,7 +61,7 @@ def _summary(result: MergeResult) -> list[str]:
         mean = sum(error for error, _ in errors) / len(errors)
         worst, target = max(errors)
         lines.append(
-            f"cut to rank {plan.config['r']}: relative error {mean:.3g} on average, {worst:.3g} "
+            f"cut to rank {plan.usual_rank}: relative error {mean:.3g} on average, {worst:.3g} "
             f"at most ({target})"
         )
     return lines

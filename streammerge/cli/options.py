@@ -67,6 +67,13 @@ _OPTIONS = (
         help="Of the output; auto is the widest of the inputs.",
     ),
     click.option(
+        "--format",
+        default="auto",
+        show_default=True,
+        metavar="auto|peft|diffusers",
+        help="Of the output; auto is that of the inputs.",
+    ),
+    click.option(
         "--compute-dtype", default="float32", show_default=True, metavar="float32|float64"
     ),
     click.option(

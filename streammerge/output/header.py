@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from streammerge.adapter import TORCH_NAMES
-from streammerge.plans import Region
+from streammerge.adapter import METADATA_KEY, PEFT, PLAIN_METADATA, TORCH_NAMES
+from streammerge.plans import Plan, Region
 
 _NAMES = {ours: theirs for theirs, ours in TORCH_NAMES.items()}
 
 
-def render_header(regions: Iterable[Region], dtype: str) -> bytes:
+def metadata_of(plan: Plan) -> dict[str, str]:
+    """Return what stands in the header of each output file besides the tensors."""
+    if plan.format == PEFT:
+        return PLAIN_METADATA
+    # Deterministic, as all of the output is.
+    return PLAIN_METADATA | {METADATA_KEY: json.dumps(plan.config, sort_keys=True)}
+
+
+def render_header(
+    regions: Iterable[Region], dtype: str, metadata: Mapping[str, str] = PLAIN_METADATA
+) -> bytes:
     """Return the length field and the JSON header for a file with these regions.
 
     The JSON is filled up with spaces so that the data begin at a multiple of eight bytes, as the
-    format recommends; the metadata is what PEFT writes.
+    format recommends.
     """
-    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    fields: dict[str, object] = {"__metadata__": metadata}
     for region in regions:
         fields[region.name] = {
             "dtype": _NAMES[dtype],

@@ -10,9 +10,10 @@ from typing import Any
 
 import xxhash
 
-from streammerge.adapter import CONFIG_NAME, INDEX_NAME, ITEM_BYTES
+from streammerge.adapter import CONFIG_NAME, DIFFUSERS, INDEX_NAME, ITEM_BYTES
 from streammerge.errors import CorruptFileError, MissingFileError, StorageError
 from streammerge.files import open_regular, read_whole
+from streammerge.output.header import metadata_of
 from streammerge.output.staging import MARK_NAME
 from streammerge.output.writer import READ_BYTES, RegionReader, headers, write_file
 from streammerge.plans import OutputFile, Plan, Region
@@ -25,7 +26,12 @@ MAX_RECORD_BYTES = 2**30
 
 
 def write_config(directory: Path, plan: Plan) -> None:
-    """Write adapter_config.json, and the index where there are shards."""
+    """Write adapter_config.json, and the index where there are shards.
+
+    diffusers reads no config but the one in the header, which stands there already.
+    """
+    if plan.format == DIFFUSERS:
+        return
     write_file(directory / CONFIG_NAME, _pretty(plan.config))
     if len(plan.files) > 1:
         regions = [region for task in plan.tasks for region in (task.a, task.b)]
@@ -48,7 +54,7 @@ def write_record(
         tensors: xxh3-128 of every output tensor, by its full name.
     """
     regions = [region for task in plan.tasks for region in (task.a, task.b)]
-    rendered = headers(plan.files, regions, plan.dtype)
+    rendered = headers(plan.files, regions, plan.dtype, metadata_of(plan))
     record: dict[str, Any] = {
         "format": FORMAT,
         **facts,

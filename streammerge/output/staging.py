@@ -38,7 +38,7 @@ MARK_NAME = "streammerge.json"
 
 OWN_FILES = re.compile(
     r"adapter_config\.json|adapter_model(-\d+-of-\d+)?\.safetensors|"
-    r"adapter_model\.safetensors\.index\.json|streammerge(-timings)?\.json"
+    r"pytorch_lora_weights\.safetensors|adapter_model\.safetensors\.index\.json|streammerge(-timings)?\.json"
 )
 """What streammerge writes into an output, and so may remove with it."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from streammerge.adapter import Adapter
+from streammerge.adapter import PEFT, Adapter
 from streammerge.errors import ExtraTensorsError, IncompatibleError, RecipeError
 from streammerge.planner.align import Alignment
 from streammerge.recipe import Recipe
@@ -51,7 +51,8 @@ def check_extras(adapters: Sequence[Adapter], policy: str) -> list[str]:
 
 def check_bases(adapters: Sequence[Adapter], recipe: Recipe) -> list[str]:
     """Compare what the configs say of the base; only strict_base makes a difference an error."""
-    notices = [f"{a.path}: no adapter_config.json" for a in adapters if a.config is None]
+    without = [a for a in adapters if a.config is None and a.dialect == PEFT]
+    notices = [f"{a.path}: no adapter_config.json" for a in without]
     configs = [(a.path, a.config) for a in adapters if a.config is not None]
     bases = {config.base_model: path for path, config in reversed(configs)}
     if len(bases) > 1:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from streammerge.adapter import PREFIX, SUFFIXES, WEIGHTS_NAME
+from streammerge.adapter import DIFFUSERS, IMAGE_WEIGHTS_NAME, PREFIX, SUFFIXES, WEIGHTS_NAME
 from streammerge.plans import OutputFile, Region
 
 
@@ -32,13 +32,20 @@ class Pair:
 
 
 def lay_out(
-    pairs: Sequence[Pair], itemsize: int, max_shard_bytes: int | None
+    pairs: Sequence[Pair], itemsize: int, max_shard_bytes: int | None, chosen: str
 ) -> tuple[tuple[OutputFile, ...], list[tuple[Region, Region]]]:
     """Give every tensor its place, in the order of `pairs`, the two of a target side by side.
 
     A shard is closed when the next target would make its data larger than `max_shard_bytes`; a
     target larger than that has a shard to itself. No shard is empty.
+
+    Args:
+        pairs: the output factors.
+        itemsize: bytes of a number.
+        max_shard_bytes: of a file's data; no limit when None.
+        chosen: the output's format, which decides the names.
     """
+    prefix = "" if chosen == DIFFUSERS else PREFIX
     regions: list[tuple[Region, Region]] = []
     sizes = [0]
     for pair in pairs:
@@ -49,11 +56,12 @@ def lay_out(
         for suffix, shape, size in zip(
             SUFFIXES[pair.kind], (pair.a_shape, pair.b_shape), nbytes, strict=True
         ):
-            name = PREFIX + pair.target + suffix
+            name = prefix + pair.target + suffix
             places.append(Region(name, len(sizes) - 1, sizes[-1], shape, size))
             sizes[-1] += size
         regions.append((places[0], places[1]))
-    return tuple(map(OutputFile, _names(len(sizes)), sizes)), regions
+    names = [IMAGE_WEIGHTS_NAME] if chosen == DIFFUSERS else _names(len(sizes))
+    return tuple(map(OutputFile, names, sizes)), regions
 
 
 def _names(count: int) -> list[str]:

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from streammerge.adapter import DTYPES, ITEM_BYTES, TORCH_NAMES, Adapter
+from streammerge.adapter import DIFFUSERS, DTYPES, ITEM_BYTES, MLX, TORCH_NAMES, Adapter
 from streammerge.budget import ON_CPU, Budget, Device
 from streammerge.catalog import METHODS, RULES, SPACES, RuleSpec, SpaceSpec
 from streammerge.errors import RecipeError
 from streammerge.planner.align import Alignment, align, check_shapes, gather
 from streammerge.planner.checks import check_bases, check_extras, check_range, partial_targets
 from streammerge.planner.fit import Draft, fit, plan_task
+from streammerge.planner.formats import image_config, output_format
 from streammerge.planner.layout import Pair, lay_out
 from streammerge.planner.output_config import output_config
 from streammerge.planner.routes import Shape, choose_course
@@ -48,7 +49,8 @@ def make_plan(
         RefusedError: a subclass of it says why the merge cannot be done.
     """
     rule, space = resolve_method(recipe)
-    notices = [*check_extras(adapters, recipe.extras), *check_bases(adapters, recipe)]
+    notices = [notice for adapter in adapters for notice in adapter.notices]
+    notices += [*check_extras(adapters, recipe.extras), *check_bases(adapters, recipe)]
     scaling = [scalings(adapter, recipe.scaling) for adapter in adapters]
     check_range(adapters, recipe, scaling)
     alignment = align(adapters, recipe.include, recipe.exclude)
@@ -60,16 +62,19 @@ def make_plan(
         for group, shape in zip(alignment.groups, shapes, strict=True)
     ]
     pairs = [_pair(adapters, alignment, draft) for draft in drafts]
-    files, regions = lay_out(pairs, ITEM_BYTES[dtype], recipe.max_shard_bytes)
+    chosen = output_format(adapters, recipe, [pair.target for pair in pairs])
+    files, regions = lay_out(pairs, ITEM_BYTES[dtype], recipe.max_shard_bytes, chosen)
     limits = fit(drafts, rule, budget, device, workers)
     tasks = tuple(
         plan_task(draft, rule, limits, scratch, places)
         for draft, places in zip(drafts, regions, strict=True)
     )
-    config, settled = output_config(
-        adapters,
-        {pair.target: pair.rank for pair in pairs},
-        selected=recipe.include is not None or recipe.exclude is not None,
+    ranks = {pair.target: pair.rank for pair in pairs}
+    selected = recipe.include is not None or recipe.exclude is not None
+    config, settled = (
+        (image_config(ranks), [])
+        if chosen == DIFFUSERS
+        else output_config(adapters, ranks, selected=selected)
     )
     return Plan(
         recipe=recipe.to_dict(),
@@ -80,6 +85,7 @@ def make_plan(
         sources=_sources(alignment, scaling),
         files=files,
         config=config,
+        format=chosen,
         allowed_bytes=limits.budget.allowed_bytes,
         allowed_origin=limits.budget.origin,
         reserved_bytes=limits.budget.reserved_bytes,
@@ -160,6 +166,7 @@ def _shapes(
     )
     stored = rank * (n * a_item + m * b_item)
     asked = recipe.rank or int(rank.max())
+    turned = np.array([adapter.dialect == MLX for adapter in adapters])[alignment.adapter]
     for group in alignment.groups:
         rows = slice(group.first, group.last)
         ranks = tuple(rank[rows].tolist())
@@ -173,6 +180,7 @@ def _shapes(
             stored_item=int(max(a_item[rows].max(), b_item[rows].max())),
             item=ITEM_BYTES[recipe.compute_dtype],
             out_item=ITEM_BYTES[dtype],
+            turned=bool(turned[rows].any()),
         )
 
 

@@ -11,7 +11,15 @@ from functools import lru_cache
 
 from streammerge.catalog import RuleSpec
 from streammerge.planner.routes import DOUBLE, PROBES, Course, Shape
-from streammerge.tiling import factor_groups, factor_rows, flat_tiles, gram_rows, longest, row_tiles
+from streammerge.tiling import (
+    TILE_ELEMENTS,
+    factor_groups,
+    factor_rows,
+    flat_tiles,
+    gram_rows,
+    longest,
+    row_tiles,
+)
 
 SLACK_BYTES = 8 * 1024**2
 """Allocator rounding, small tensors of a task, and pages of files at both ends of a window."""
@@ -79,7 +87,8 @@ def project(course: Course, rule: RuleSpec, shape: Shape, holding: Holding) -> i
             + lanes * tile_bytes(shape)
         ),
     }
-    return parts[course.route]() + SLACK_BYTES + (lanes - 1) * LANE_BYTES
+    picking = lanes * turned_bytes(shape)
+    return parts[course.route]() + picking + SLACK_BYTES + (lanes - 1) * LANE_BYTES
 
 
 def project_team(shape: Shape, course: Course) -> int:
@@ -97,7 +106,8 @@ def project_host(shape: Shape) -> int:
     The factor in hand, as it is stored, and what is pinned; the pair on its way back.
     """
     incoming = max(shape.ranks) * max(shape.m, shape.n) * (shape.stored_item + shape.item)
-    return incoming + PINNED_SLOTS * PINNED_BYTES + _pair(shape) + SLACK_BYTES
+    picking = 2 * turned_bytes(shape)  # as it is stored, and in the order that it is sent in
+    return incoming + picking + PINNED_SLOTS * PINNED_BYTES + _pair(shape) + SLACK_BYTES
 
 
 def joined_tile_bytes(shape: Shape) -> int:
@@ -105,6 +115,16 @@ def joined_tile_bytes(shape: Shape) -> int:
     each = shape.item + shape.stored_item + shape.out_item
     rows = longest(factor_rows(shape.m, shape.total_rank))
     return rows * (shape.total_rank * shape.out_item + max(shape.ranks) * each)
+
+
+def turned_bytes(shape: Shape) -> int:
+    """Bytes that are read at once of a factor that is stored transposed, to pick rows of it."""
+    if not shape.turned:
+        return 0
+    side = max(shape.m, shape.n)
+    # As many whole lines as make a tile, one at least.
+    elements = min(max(TILE_ELEMENTS, side), max(shape.ranks) * side)
+    return elements * shape.stored_item
 
 
 def _concatenate(shape: Shape, holding: Holding) -> int:

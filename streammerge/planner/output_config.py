@@ -32,7 +32,7 @@ def output_config(
     """
     configs = [a.config for a in adapters if a.config is not None]
     task_type, notices = _task_type([c.task_type for c in configs])
-    rank = _usual(ranks)
+    rank = usual_rank(ranks)
     pattern = rank_pattern(ranks, rank)
     config: dict[str, Any] = {
         "alpha_pattern": pattern,
@@ -102,7 +102,7 @@ def _ends_in(target: str, listed: set[str]) -> bool:
     return any(".".join(parts[i:]) in listed for i in range(1, len(parts)))
 
 
-def _usual(ranks: Mapping[str, int]) -> int:
+def usual_rank(ranks: Mapping[str, int]) -> int:
     """Return the rank that most targets have, the larger one of equals."""
     counts = Counter(ranks.values())
     return max(counts, key=lambda rank: (counts[rank], rank))

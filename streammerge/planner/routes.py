@@ -65,6 +65,8 @@ class Shape:
     """Bytes of a number in the compute dtype."""
     out_item: int
     """Bytes of a number in the output."""
+    turned: bool = False
+    """Whether a source's factors are stored transposed."""
 
     @property
     def total_rank(self) -> int:

@@ -1,4 +1,4 @@
-"""The scaling of every target: alpha/r, or alpha/√r with rslora, where the config explains r."""
+"""The scaling of every target: alpha/r, or alpha/√r with rslora, where r is explained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def scalings(adapter: Adapter, policy: str | float | None) -> npt.NDArray[np.flo
         UnknownScalingError: a scaling is unknown, and the policy does not settle it.
     """
     columns = adapter.columns
-    power = 0.5 if adapter.config is not None and adapter.config.use_rslora else 1.0
+    power = columns.power.astype(np.float64)
     known = columns.declared_rank == columns.rank
     result = columns.alpha / columns.rank.astype(np.float64) ** power
     if known.all():

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from streammerge.adapter import CONFIG_NAME, AdapterConfig
+from streammerge.adapter import MLX, AdapterConfig
 from streammerge.errors import CorruptFileError, UnsupportedAdapterError, shorten
 from streammerge.files import check_inside, read_whole
 from streammerge.patterns import compile_entry
@@ -39,14 +39,13 @@ _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga")
 difference against another base. Converted files say true."""
 
 
-def read_config(directory: Path) -> AdapterConfig | None:
-    """Read the config of an adapter; None where there is no such file.
+def read_config(path: Path) -> AdapterConfig | None:
+    """Read an adapter_config.json, PEFT's or MLX's; None where there is no such file.
 
     Raises:
         CorruptFileError: not JSON, or a field that decides the delta has no sound value.
         UnsupportedAdapterError: another PEFT type, or a variant of LoRA that is not merged.
     """
-    path = directory / CONFIG_NAME
     check_inside(path)
     try:
         text = read_whole(path, MAX_CONFIG_BYTES)
@@ -65,6 +64,18 @@ def parse_config(path: Path, text: bytes) -> AdapterConfig:
         raise CorruptFileError(f"is not JSON ({error})", path=str(path)) from error
     if not isinstance(raw, dict):
         raise CorruptFileError("is not a JSON object", path=str(path))
+    if raw.get("peft_type") is None and ("lora_parameters" in raw or "lora_layers" in raw):
+        return _mlx_config(path, raw)
+    return make_config(path, raw)
+
+
+def make_config(path: Path, raw: Mapping[str, Any]) -> AdapterConfig:
+    """Return what PEFT's fields say; `path` is for messages.
+
+    Raises:
+        CorruptFileError: a field that decides the delta has no sound value.
+        UnsupportedAdapterError: another PEFT type, or a variant of LoRA that is not merged.
+    """
     _refuse_other_types(path, raw)
     _refuse_variants(path, raw)
     return AdapterConfig(
@@ -80,14 +91,33 @@ def parse_config(path: Path, text: bytes) -> AdapterConfig:
     )
 
 
+def _mlx_config(path: Path, raw: Mapping[str, Any]) -> AdapterConfig:
+    """Return what mlx-lm's fields say: `scale` is the scaling itself.
+
+    https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/tuner/lora.py
+    """
+    kind = raw.get("fine_tune_type", "lora")
+    if raw.get("use_dora") or kind != "lora":
+        variant = "DoRA" if raw.get("use_dora") or kind == "dora" else shorten(kind)[:40]
+        raise UnsupportedAdapterError(
+            f"was trained by mlx-lm as {variant}; only its LoRA adapters can be merged",
+            path=str(path),
+            variant=variant,
+        )
+    facts = raw.get("lora_parameters")
+    if not isinstance(facts, dict) or "scale" not in facts:
+        raise CorruptFileError("its lora_parameters do not say the scale", path=str(path))
+    return AdapterConfig(
+        rank=_rank(path, "lora_parameters.rank", facts.get("rank", raw.get("rank", 8))),
+        alpha=_number(path, "lora_parameters.scale", facts["scale"]),
+        base_model=_text(raw.get("model")),
+        raw={"lora_parameters": facts},
+        dialect=MLX,
+    )
+
+
 def _refuse_other_types(path: Path, raw: Mapping[str, Any]) -> None:
     kind = raw.get("peft_type")
-    if kind is None and ("lora_parameters" in raw or "lora_layers" in raw):
-        raise UnsupportedAdapterError(
-            "is an MLX adapter's config; MLX adapters are not merged yet",
-            path=str(path),
-            variant="MLX",
-        )
     if kind is None:
         raise UnsupportedAdapterError(
             "has no peft_type, so it is not the config of a PEFT adapter",

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-from streammerge.adapter import DTYPES, PREFIX
+from streammerge.adapter import DTYPES
 from streammerge.errors import CorruptFileError, UnsupportedAdapterError
 from streammerge.readers.header import Entry, Header
-
-_KEY = re.compile(rf"((?:{re.escape(PREFIX)})+)(.+?)\.(lora_[AB]\.weight|lora_embedding_[AB])")
 
 MAX_SIDE = 2**31 - 1
 """No side of a factor is longer."""
 
-_SIDES = {
-    "lora_A.weight": "a",
-    "lora_embedding_A": "a",
-    "lora_B.weight": "b",
-    "lora_embedding_B": "b",
-}
-
 Place = tuple[Header, int, Entry]
 """A tensor, the header that it stands in, and that file's number."""
+
+
+Side = Literal["a", "b"]
+
+
+class Name(NamedTuple):
+    """What the name of a factor says."""
+
+    target: str
+    side: Side
+    prefix: str = ""
+    """What stands before the target."""
+    embedding: bool = False
 
 
 @dataclass(slots=True)
@@ -30,75 +35,78 @@ class Factors:
     """Where the two factors of a target lie, as far as they are found."""
 
     prefix: str
+    embedding: bool
     a: Place | None = None
     b: Place | None = None
+    rows: tuple[int, int] | None = None
+    """Which rows of B are the target's; all of them when None."""
+
+    def both(self) -> tuple[Place, Place]:
+        """Return the two places of a pair that was checked."""
+        assert self.a is not None, "pairs are checked"
+        assert self.b is not None, "pairs are checked"
+        return self.a, self.b
 
 
-def pair_up(places: list[Place]) -> tuple[dict[str, Factors], list[str]]:
-    """Sort tensors into the factors of each target, and the names of the rest."""
+def pair_up(
+    places: Iterable[Place], name_of: Callable[[str], Name | None]
+) -> tuple[dict[str, Factors], list[Place]]:
+    """Sort tensors into the factors of each target, and the rest.
+
+    Args:
+        places: all tensors.
+        name_of: from a tensor's name to what it says; None where it is no factor's.
+
+    Raises:
+        CorruptFileError: a factor stands twice or alone, or two of them make no delta.
+        UnsupportedAdapterError: a factor of a dtype or kind that is not merged.
+    """
     pairs: dict[str, Factors] = {}
-    extras: list[str] = []
+    extras: list[Place] = []
     for place in places:
-        name = place[2].name
-        match = _KEY.fullmatch(name)
-        if match is None or ".base_layer" in name:
-            _refuse_variant_tensor(place)
-        if match is None:
-            extras.append(name)
+        header, _, entry = place
+        name = name_of(entry.name)
+        if name is None:
+            extras.append(place)
             continue
-        prefix, target, factor = match.groups()
-        pair = pairs.get(target) or pairs.setdefault(target, Factors(prefix))
-        if pair.prefix != prefix:
+        pair = pairs.get(name.target)
+        if pair is None:
+            pair = pairs[name.target] = Factors(name.prefix, name.embedding)
+        if pair.prefix != name.prefix:
             raise CorruptFileError(
-                f"{target} stands under two prefixes, {pair.prefix!r} and {prefix!r}",
-                path=place[0].file.path,
-                tensor=name,
+                f"{name.target} stands under two prefixes, {pair.prefix!r} and {name.prefix!r}",
+                path=header.file.path,
+                tensor=entry.name,
             )
-        side = _SIDES[factor]
-        if getattr(pair, side) is not None:
+        if getattr(pair, name.side) is not None:
             raise CorruptFileError(
-                f"{target} has two {side.upper()} factors", path=place[0].file.path, tensor=name
+                f"{name.target} has two {name.side.upper()} factors",
+                path=header.file.path,
+                tensor=entry.name,
             )
-        setattr(pair, side, place)
+        if pair.embedding != name.embedding:
+            other = (pair.a or pair.b or place)[2].name
+            raise CorruptFileError(
+                f"is paired with {other}", path=header.file.path, tensor=entry.name
+            )
+        setattr(pair, name.side, place)
     for pair in pairs.values():
         _check_pair(pair)
     return pairs, extras
 
 
-def _refuse_variant_tensor(place: Place) -> None:
-    header, _, entry = place
-    if entry.name.endswith(
-        (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".dora_scale")
-    ):
-        raise UnsupportedAdapterError(
-            "is a DoRA magnitude; DoRA adapters are not merged, for a sum of them is no LoRA",
-            path=header.file.path,
-            tensor=entry.name,
-            variant="DoRA",
-        )
-    if ".base_layer.lora_" in entry.name:
-        raise UnsupportedAdapterError(
-            "is a factor inside another LoRA layer, as target_parameters makes them; such "
-            "adapters are not merged",
-            path=header.file.path,
-            tensor=entry.name,
-            variant="LoRA on parameters (target_parameters)",
-        )
-
-
 def _check_pair(pair: Factors) -> None:
     """Check that a target has both factors, and that their shapes make one delta."""
-    place_a, place_b = pair.a, pair.b
-    if place_a is None or place_b is None:
-        found = place_a or place_b
+    if pair.a is None or pair.b is None:
+        found = pair.a or pair.b
         assert found is not None, "a pair is made for a factor"
         header, _, entry = found
         raise CorruptFileError(
-            f"has no {'A' if place_a is None else 'B'} factor beside it",
+            f"has no {'A' if pair.a is None else 'B'} factor beside it",
             path=header.file.path,
             tensor=entry.name,
         )
-    (header, _, a), (_, _, b) = place_a, place_b
+    (header, _, a), (_, _, b) = pair.both()
     for entry in (a, b):
         if entry.dtype not in DTYPES:
             raise UnsupportedAdapterError(
@@ -107,14 +115,11 @@ def _check_pair(pair: Factors) -> None:
                 tensor=entry.name,
                 variant=entry.dtype,
             )
-    embedding = "lora_embedding_" in a.name
-    if embedding != ("lora_embedding_" in b.name):
-        raise CorruptFileError(f"is paired with {b.name}", path=header.file.path, tensor=a.name)
-    _check_shapes(header, a, b)
+    _check_shapes(header, a, b, embedding=pair.embedding)
 
 
-def _check_shapes(header: Header, a: Entry, b: Entry) -> None:
-    dimensions = (2,) if "lora_embedding_" in a.name else (2, 3, 4, 5)
+def _check_shapes(header: Header, a: Entry, b: Entry, *, embedding: bool) -> None:
+    dimensions = (2,) if embedding else (2, 3, 4, 5)
     if len(a.shape) not in dimensions or len(b.shape) != len(a.shape) or 0 in a.shape + b.shape:
         raise CorruptFileError(
             f"shapes {list(a.shape)} of A and {list(b.shape)} of B make no delta",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import threading
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,10 @@ LINALG_ERROR: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr
 _STORED: dict[str, torch.dtype] = {
     stored: getattr(torch, name) for stored, name in TORCH_NAMES.items()
 }
+
+
+PIECE_ELEMENTS = 4096
+"""To read a piece of a file on its own takes about as long as to read so many more elements."""
 
 
 class FactorReader:
@@ -68,7 +73,7 @@ class FactorReader:
         self._lock = threading.Lock()
 
     def elements(self, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Return elements start … stop - 1, in file order, as a flat tensor that may be written to.
+        """Return elements start … stop - 1, row by row, as a flat tensor that may be written to.
 
         Args:
             start: first element.
@@ -78,19 +83,70 @@ class FactorReader:
         Raises:
             NonFiniteError: one of them is NaN or infinite; on a device `check` says so.
         """
-        stored = self._stored_at(start, stop)
         values = self.new_empty((stop - start,)) if out is None else out[: stop - start]
+        if self.factor.turned:
+            return self._turned(start, values)
+        stored = self._stored_at(start, stop)
         if self._transfer is not None:
             values.copy_(self._transfer.send(stored))
-            # To look at the sum would wait for the device; see `check`.
-            total = values.sum()
-            self._unchecked = total if self._unchecked is None else self._unchecked.add_(total)
+            self._look_later(values)
             return values
         values.copy_(stored)
         # A sum is finite only if all its terms are; it may overflow without them, hence the look.
         if not math.isfinite(float(values.sum())):
             self._refuse_non_finite(values, stored)
         return values
+
+    def _turned(self, start: int, values: torch.Tensor) -> torch.Tensor:
+        """Fill `values` with elements from `start` on of a factor that is stored transposed.
+
+        Whole rows are picked at once, and parts of rows where the elements begin and end in one.
+        """
+        width, stop = self.matrix_shape[1], start + len(values)
+        begins, ends = -(-start // width) * width, stop // width * width
+        cuts = [start, min(begins, stop), max(begins, ends), stop]
+        for low, high in itertools.pairwise(cuts):
+            if low < high:
+                row, column = divmod(low, width)
+                rows = max(1, (high - low) // width)
+                place = values[low - start : high - start].view(rows, -1)
+                self._pick(row, column, place)
+        if self._transfer is not None:
+            self._look_later(values)
+        elif not math.isfinite(float(values.sum())) and not bool(torch.isfinite(values).all()):
+            self._find_non_finite()
+        return values
+
+    def _pick(self, row: int, column: int, place: torch.Tensor) -> None:
+        """Fill a matrix with the elements from a row and a column on of what is stored turned.
+
+        A stored line holds what is a column here. Of long lines only the wanted piece is read;
+        short ones are read several together, as many as make a tile.
+        """
+        length, (rows, columns) = self.matrix_shape[0], place.shape
+        if length > PIECE_ELEMENTS + rows:
+            for i in range(columns):
+                first = (column + i) * length + row
+                self._put(place[:, i], _view(self._read(first, first + rows), self._stored))
+            return
+        lines = max(1, TILE_ELEMENTS // length)
+        for i in range(0, columns, lines):
+            count = min(lines, columns - i)
+            stored = self._stored_at((column + i) * length, (column + i + count) * length)
+            picked = stored.view(count, length)[:, row : row + rows].t()
+            self._put(place[:, i : i + count], picked)
+
+    def _put(self, place: torch.Tensor, stored: torch.Tensor) -> None:
+        if self._transfer is None:
+            place.copy_(stored)
+        else:
+            sent = self._transfer.send(stored.contiguous().view(-1))
+            place.copy_(sent.view(stored.shape))
+
+    def _look_later(self, values: torch.Tensor) -> None:
+        """Keep the sum of what is on a device: to look at it would wait; see `check`."""
+        total = values.sum()
+        self._unchecked = total if self._unchecked is None else self._unchecked.add_(total)
 
     def check(self) -> None:
         """Check what was brought to a device and not looked at on its way.
@@ -99,14 +155,17 @@ class FactorReader:
             NonFiniteError: an element is NaN or infinite.
         """
         total, self._unchecked = self._unchecked, None
-        if total is None or math.isfinite(float(total)):
-            return
+        if total is not None and not math.isfinite(float(total)):
+            self._find_non_finite()
+
+    def _find_non_finite(self) -> None:
+        """Refuse the first element, as they are stored, that the dtype cannot hold."""
         for span in flat_tiles(self.factor.elements):
             stored = self._stored_at(*span)
             self._refuse_non_finite(stored.to(self._dtype), stored)
 
     def strided(self, step: int) -> torch.Tensor:
-        """Return every step-th element of each of its tiles, unchecked."""
+        """Return every step-th element of each of its tiles as they are stored, unchecked."""
         # Copied, for the next window may take the place of this one.
         parts = [
             self._stored_at(*span)[::step].to(self._dtype, copy=True)

@@ -1,0 +1,303 @@
+"""Files of torch.save as a header: which tensor lies where in them. Hostile until checked.
+
+Such a file is a zip archive that stores, uncompressed, a pickle of the tensors' names and shapes
+and one record of bytes for each storage, so that a window on it is as good as one on a safetensors
+file. The pickle is first gone through without being run: only a few opcodes and the names that
+rebuild tensors may be in it. torch then loads it with `weights_only` and a memory map, by which no
+tensor is copied, and where each storage lies in the map says which record it is.
+
+This is the one file of the readers that imports torch, when there is such a file to read.
+https://docs.pytorch.org/docs/stable/notes/serialization.html
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickletools
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from streammerge.adapter import TensorFile
+from streammerge.errors import CorruptFileError, MissingFileError, UnsupportedAdapterError, shorten
+from streammerge.files import open_regular
+from streammerge.readers.header import MAX_DIMENSIONS, MAX_NAME, Entry, Header
+
+MAX_DIRECTORY_BYTES = 2**24
+"""Of an archive's list of records, and of any one part of it that is read."""
+
+MAX_RECORDS = 2**17
+
+MAX_PICKLE_BYTES = 2**22
+"""A tensor takes some 140 bytes of it."""
+
+_MAGIC = b"PK\x03\x04"
+_OLD_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
+"""How files of torch before 1.6 begin: a pickle of a number."""
+
+_LOCAL_HEADER = 30
+"""Bytes before a record's name and data; what lengths these have stands at its end."""
+
+_GLOBALS = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|"
+    r"torch (Double|Float|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage"
+)
+"""All that a pickle of tensors names."""
+
+_OPCODES = frozenset(
+    {"PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID", "BINPUT", "LONG_BINPUT"}
+    | {"BINGET", "LONG_BINGET", "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_TUPLE", "TUPLE"}
+    | {"TUPLE1", "TUPLE2", "TUPLE3", "BINUNICODE", "NONE", "NEWTRUE", "NEWFALSE", "BININT"}
+    | {"BININT1", "BININT2", "LONG1"}
+)
+
+_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+
+
+def is_torch_file(path: Path) -> bool:
+    """Whether a file is one of torch.save, by its name or its first bytes."""
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        return True
+    try:
+        with open_regular(path) as stream:
+            return stream.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
+
+
+def read_torch_file(path: Path) -> Header:
+    """Return where each tensor of a file of torch.save lies.
+
+    Raises:
+        MissingFileError: there is no such file.
+        CorruptFileError: it is no such file, or at odds with itself.
+        UnsupportedAdapterError: it holds something else than plain tensors, each in a record of
+            its own.
+    """
+    try:
+        with open_regular(path) as stream:
+            status = os.fstat(stream.fileno())
+            _check_beginning(path, stream.read(len(_OLD_MAGIC)))
+            records, text = _records(path, stream, status.st_size)
+            _check_pickle(path, text)
+            tensors = _load(path)
+            entries = tuple(_entries(path, tensors, records))
+            after = path.stat()
+    except FileNotFoundError as error:
+        raise MissingFileError("no such file", path=str(path)) from error
+    except OSError as error:
+        raise CorruptFileError(f"cannot be read ({error.strerror})", path=str(path)) from error
+    file = TensorFile(str(path), status.st_size, status.st_mtime_ns, status.st_ino)
+    if (after.st_size, after.st_mtime_ns, after.st_ino) != (file.size, file.mtime_ns, file.inode):
+        raise CorruptFileError("has changed while it was read", path=str(path))
+    return Header(file, {}, entries)
+
+
+def _check_beginning(path: Path, head: bytes) -> None:
+    if head.startswith(_MAGIC):
+        return
+    if head == _OLD_MAGIC:
+        raise UnsupportedAdapterError(
+            "was saved by torch before 1.6, whose format has no records; load and save it with "
+            "PEFT to get safetensors",
+            path=str(path),
+            variant="torch before 1.6",
+        )
+    if head.startswith(b"version https:"):
+        raise CorruptFileError(
+            "is a git-lfs pointer, not the weights; run `git lfs pull` where it was cloned",
+            path=str(path),
+        )
+    raise CorruptFileError("is not a file of torch.save, which is a zip archive", path=str(path))
+
+
+class _Bounded(io.RawIOBase):
+    """A file of which only so much is read at once: zipfile takes a list of records whole."""
+
+    def __init__(self, stream: BinaryIO, size: int) -> None:
+        self._stream = stream
+        self._size = size
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(0, self._size - self.tell())
+        wanted = left if size is None or size < 0 else min(size, left)
+        if wanted > MAX_DIRECTORY_BYTES:
+            raise zipfile.BadZipFile(f"its list of records takes {wanted} bytes")
+        return self._stream.read(wanted)
+
+
+def _records(path: Path, stream: BinaryIO, size: int) -> tuple[dict[int, int], bytes]:
+    """Return the length of each record of tensor data by its place in the file, and the pickle."""
+    try:
+        with zipfile.ZipFile(_Bounded(stream, size)) as archive:
+            infos = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, EOFError) as error:
+        raise CorruptFileError(f"is not a sound zip archive ({error})", path=str(path)) from error
+    names = {info.filename for info in infos}
+    roots = [name.removesuffix("/data.pkl") for name in names if name.endswith("/data.pkl")]
+    if len(infos) > MAX_RECORDS or len(names) != len(infos) or len(roots) != 1:
+        raise CorruptFileError(
+            f"its archive of {len(infos)} records is not of one torch.save", path=str(path)
+        )
+    places = {}
+    for info in infos:
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+            raise CorruptFileError(
+                f"its record {shorten(info.filename)} is compressed", path=str(path)
+            )
+        places[info.filename] = (_data_start(path, stream, info), info.file_size)
+    _check_apart(path, places, size)
+    order = places.get(f"{roots[0]}/byteorder")
+    if order is not None and _read(stream, order, limit=64) != b"little":
+        raise CorruptFileError("was saved on a machine of another byte order", path=str(path))
+    pickle = places[f"{roots[0]}/data.pkl"]
+    if pickle[1] > MAX_PICKLE_BYTES:
+        raise CorruptFileError(
+            f"its pickle has {pickle[1]} bytes, and {MAX_PICKLE_BYTES} are the limit",
+            path=str(path),
+        )
+    data = f"{roots[0]}/data/"
+    records = [place for name, place in places.items() if name.startswith(data)]
+    return dict(records), _read(stream, pickle, limit=MAX_PICKLE_BYTES)
+
+
+def _data_start(path: Path, stream: BinaryIO, info: zipfile.ZipInfo) -> int:
+    """Return where a record's data begin: behind a header of its own, of some length."""
+    stream.seek(info.header_offset)
+    local = stream.read(_LOCAL_HEADER)
+    if len(local) < _LOCAL_HEADER or not local.startswith(_MAGIC):
+        raise CorruptFileError(
+            f"its record {shorten(info.filename)} is not where its list says", path=str(path)
+        )
+    lengths = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+    return info.header_offset + _LOCAL_HEADER + lengths
+
+
+def _check_apart(path: Path, places: Mapping[str, tuple[int, int]], size: int) -> None:
+    end = 0
+    for start, length in sorted(places.values()):
+        if start < end or start + length > size:
+            raise CorruptFileError(
+                f"its records overlap or end behind its {size} bytes", path=str(path)
+            )
+        end = start + length
+
+
+def _read(stream: BinaryIO, place: tuple[int, int], *, limit: int) -> bytes:
+    stream.seek(place[0])
+    return stream.read(min(place[1], limit))
+
+
+def _check_pickle(path: Path, text: bytes) -> None:
+    """Check that a pickle can do nothing but name tensors; it is not run."""
+    try:
+        for opcode, argument, _ in pickletools.genops(text):
+            if opcode.name not in _OPCODES:
+                what = f"the opcode {opcode.name}"
+            elif opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument)):
+                what = str(argument)
+            else:
+                continue
+            raise UnsupportedAdapterError(
+                f"its pickle holds {shorten(what)}, which no file of plain tensors does; it is not "
+                "loaded",
+                path=str(path),
+                variant="pickle",
+            )
+    except (ValueError, OverflowError, MemoryError) as error:
+        raise CorruptFileError(f"its pickle is not sound ({error})", path=str(path)) from error
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    # Loaded here alone: most adapters do without torch until they are merged.
+    import torch  # noqa: PLC0415
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        # Of the errors of an unpickler that is given anything there is no list.
+        why = (str(error).splitlines() or [""])[0][:200]
+        raise CorruptFileError(
+            f"torch cannot load it ({type(error).__name__}: {why})", path=str(path)
+        ) from error
+    if not isinstance(found, dict) or not found:
+        raise UnsupportedAdapterError(
+            "does not hold tensors by name", path=str(path), variant="pickle"
+        )
+    return found
+
+
+def _entries(path: Path, tensors: Mapping[str, Any], records: Mapping[int, int]) -> Iterator[Entry]:
+    """Yield where each tensor lies, once it is clear which record each storage is.
+
+    All storages are parts of one map of the file. In the order of their addresses they are the
+    records in the order of their places, at one distance; nothing else is believed.
+    """
+    storages = {}
+    for name, tensor in tensors.items():
+        _check_tensor(path, name, tensor)
+        storages[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+    starts, addresses = sorted(records), sorted(storages)
+    distances = {a - s for a, s in zip(addresses, starts, strict=False)}
+    lengths = [storages[a] for a in addresses] == [records[s] for s in starts]
+    if len(distances) != 1 or not lengths:
+        raise CorruptFileError(
+            "its tensors are not its records, each one of them whole", path=str(path)
+        )
+    (distance,) = distances
+    for name, tensor in tensors.items():
+        dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        nbytes = tensor.untyped_storage().nbytes()
+        yield Entry(name, dtype, tuple(tensor.shape), tensor.data_ptr() - distance, nbytes)
+
+
+def _check_tensor(path: Path, name: object, tensor: Any) -> None:
+    import torch  # noqa: PLC0415
+
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
+        raise CorruptFileError(f"names a tensor {shorten(name)}", path=str(path))
+    what = ""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+        what = f"is no plain tensor, but {shorten(type(tensor).__name__)}"
+    elif str(tensor.dtype).removeprefix("torch.") not in _DTYPES or tensor.dim() > MAX_DIMENSIONS:
+        what = f"is of dtype {tensor.dtype} and {tensor.dim()} dimensions"
+    elif (
+        not tensor.is_contiguous()
+        or tensor.storage_offset()
+        or tensor.nbytes != tensor.untyped_storage().nbytes()
+        or tensor.nbytes == 0
+    ):
+        what = "is a view of a part of what was saved, or empty"
+    if what:
+        raise UnsupportedAdapterError(
+            f"{what}; load and save the adapter with PEFT to get safetensors",
+            path=str(path),
+            tensor=name,
+            variant="pickle",
+        )
