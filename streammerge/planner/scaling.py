@@ -26,7 +26,7 @@ def scalings(adapter: Adapter, policy: str | float | None) -> npt.NDArray[np.flo
     result = columns.alpha / columns.rank.astype(np.float64) ** power
     if known.all():
         return result
-    if adapter.config is None and not isinstance(policy, float | int):
+    if (columns.declared_rank == 0).any() and not isinstance(policy, float | int):
         raise _no_config(adapter, policy)
     if policy is None:
         raise _rank_unexplained(adapter, int(np.flatnonzero(~known)[0]))

@@ -194,7 +194,8 @@ def _words(component: str, name: str) -> str | None:
     while match := pattern.match(name, end):
         words.append(match[1])
         end = match.end()
-    return ".".join(words) if end == len(name) and not name.endswith("_") else None
+    whole = 0 < end == len(name) and not name.endswith("_")
+    return ".".join(words) if whole else None
 
 
 def _first_authors(name: str) -> str | None:
@@ -207,8 +208,13 @@ def _first_authors(name: str) -> str | None:
     home, rest = block.groups()
     if home in _RESNETS and rest in _RESNET:
         return f"{_RESNETS[home]}.{_RESNET[rest]}"
-    inner = _words("unet", rest) if home in _ATTENTIONS else None
-    return None if inner is None else f"{_ATTENTIONS[home]}.{inner}"
+    if home in _ATTENTIONS and rest.startswith(("proj_in", "proj_out", "transformer_blocks")):
+        return _joined(_ATTENTIONS[home], _words("unet", rest))
+    return None
+
+
+def _joined(home: str, rest: str | None) -> str | None:
+    return None if rest is None else f"{home}.{rest}"
 
 
 def _of_a_block(kind: str, number: str, rest: str) -> Restored | None:

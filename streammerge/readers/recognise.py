@@ -38,7 +38,7 @@ _DORA = (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".dora_scale
 _KOHYA = re.compile(r"lora_(unet|te\d?|transformer)_")
 _FACTOR = re.compile(r"\.lora_(A|B)\.weight$|\.lora_embedding_[AB]$")
 _OLD_DIFFUSERS = re.compile(
-    r"(\.lora|\.lora_linear_layer|\.to_(q|k|v|out)_lora)\.(down|up)\.weight$"
+    r"(\.lora[._]|\.lora_linear_layer\.|\.to_(q|k|v|out)_lora\.)(down|up)\.weight$"
 )
 _OF_A_PIPELINE = re.compile(
     r"(unet|text_encoder(_[23])?)\.|(down_blocks|mid_block|up_blocks)\.|"
