@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import io
 import os
-import pickletools
 import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickletools import genops
 from typing import Any, BinaryIO
 
 from streammerge.adapter import TensorFile
@@ -215,21 +215,18 @@ def _read(stream: BinaryIO, place: tuple[int, int], *, limit: int) -> bytes:
 def _check_pickle(path: Path, text: bytes) -> None:
     """Check that a pickle can do nothing but name tensors; it is not run."""
     try:
-        for opcode, argument, _ in pickletools.genops(text):
-            if opcode.name not in _OPCODES:
-                what = f"the opcode {opcode.name}"
-            elif opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument)):
-                what = str(argument)
-            else:
-                continue
-            raise UnsupportedAdapterError(
-                f"its pickle holds {shorten(what)}, which no file of plain tensors does; it is not "
-                "loaded",
-                path=str(path),
-                variant="pickle",
-            )
-    except (ValueError, OverflowError, MemoryError) as error:
+        used = {(op.name, str(arg) if op.name == "GLOBAL" else "") for op, arg, _ in genops(text)}
+    except (ValueError, OverflowError) as error:
         raise CorruptFileError(f"its pickle is not sound ({error})", path=str(path)) from error
+    for opcode, name in sorted(used):
+        if opcode in _OPCODES and (opcode != "GLOBAL" or _GLOBALS.fullmatch(name)):
+            continue
+        raise UnsupportedAdapterError(
+            f"its pickle holds {shorten(name or opcode)}, which no file of plain tensors does; it "
+            "is not loaded",
+            path=str(path),
+            variant="pickle",
+        )
 
 
 def _load(path: Path) -> Mapping[str, Any]:
