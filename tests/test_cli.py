@@ -332,7 +332,7 @@ def test_inspect_for_machines(adapters: list[str]) -> None:
 def test_inspect_of_a_broken_adapter(adapters: list[str], tmp_path: Path) -> None:
     found = run("inspect", adapters[0], str(tmp_path / "gone"))
     assert found.returncode == 2
-    assert "no such directory" in found.stderr
+    assert "no such file or directory" in found.stderr
 
 
 def test_methods() -> None:

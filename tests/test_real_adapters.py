@@ -297,13 +297,25 @@ def test_several_tiles_are_met(real_adapters: Path) -> None:
     assert max(len(row_tiles(task.m, task.n)) for task in plan.tasks) > 8
 
 
+IN_OTHER_FORMATS = {
+    "gpt2-causal/yoonyerin-be-great-bin": ("peft", 12),
+    "mlx-lm/arjun254-step100": ("mlx", 8),
+    "mlx-lm/arjun254-step400": ("mlx", 8),
+    "sd15-unet/timohavdk-2100-diffusers": ("diffusers", 128),
+    "sd15-unet/timohavdk-new-kohya": ("kohya", 128),
+}
+"""What they are merged to is in the tests of formats."""
+
+
+@pytest.mark.parametrize("name", IN_OTHER_FORMATS)
+def test_other_formats_are_told_by_content(name: str, real_adapters: Path) -> None:
+    adapter = streammerge.open_adapter(real_adapters / name)
+    assert (adapter.dialect, len(adapter)) == IN_OTHER_FORMATS[name]
+    assert not adapter.extras
+
+
 REFUSED = {
-    "gpt2-causal/yoonyerin-be-great-bin": (errors.UnsupportedAdapterError, "adapter_model.bin"),
     "_loners/bloomz-prompt-tuning-NOTLORA": (errors.UnsupportedAdapterError, "PROMPT_TUNING"),
-    "mlx-lm/arjun254-step100": (errors.UnsupportedAdapterError, "MLX"),
-    "mlx-lm/arjun254-step400": (errors.UnsupportedAdapterError, "MLX"),
-    "sd15-unet/timohavdk-2100-diffusers": (errors.UnsupportedAdapterError, "diffusers"),
-    "sd15-unet/timohavdk-new-kohya": (errors.UnsupportedAdapterError, "kohya"),
     "lycoris-lokr/smart-falcon-4": (errors.UnsupportedAdapterError, "LoKr"),
     "lycoris-lokr/smart-falcon-8": (errors.UnsupportedAdapterError, "LoKr"),
 }
@@ -320,7 +332,8 @@ def test_another_format_is_refused_by_name(name: str, real_adapters: Path, tmp_p
 
 
 def test_every_real_adapter_is_in_a_table(real_adapters: Path) -> None:
-    listed = {adapter for group in GROUPS.values() for adapter in group.adapters} | set(REFUSED)
+    listed = {adapter for group in GROUPS.values() for adapter in group.adapters}
+    listed |= REFUSED.keys() | IN_OTHER_FORMATS.keys()
     here = {
         f"{folder.parent.name}/{folder.name}"
         for folder in real_adapters.glob("*/*")

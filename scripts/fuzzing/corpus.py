@@ -109,10 +109,9 @@ def real() -> dict[str, Directory]:
 
 
 def _found(folder: Path) -> Iterator[tuple[str, Directory]]:
-    for config in sorted(folder.glob(f"*/*/{CONFIG}")):
-        weights = config.with_name(WEIGHTS)
-        found = {CONFIG: _head(config)} | ({WEIGHTS: _head(weights)} if weights.exists() else {})
-        yield f"{config.parent.parent.name}/{config.parent.name}", found
+    for place in sorted(folder.glob("[!_]*/*")) + sorted(folder.glob("_loners/*")):
+        found = {name: _head(place / name) for name in (CONFIG, WEIGHTS) if (place / name).exists()}
+        yield f"{place.parent.name}/{place.name}", found
     sound = one_file(ONE)
     for path in sorted((folder / "_hostile").glob("*.safetensors")):
         yield path.name, sound | {WEIGHTS: _head(path)}

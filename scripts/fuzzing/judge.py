@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
+
+import torch
 
 from fuzzing.directories import Directory, write_directory
 from streammerge.adapter import Adapter, NameTable
@@ -121,26 +123,53 @@ def _check_message(error: StreammergeError, place: Path) -> None:
 
 
 def _check_adapter(adapter: Adapter) -> None:
-    """Compare every factor with what the file's header says, read once more without any care."""
-    headers: dict[str, tuple[int, dict[str, Any]]] = {}
-    for file in adapter.files:
-        with Path(file.path).open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            headers[file.path] = 8 + length, json.loads(stream.read(length))
+    """Compare every factor with what the file says, read once more without any care."""
+    files = {file.path: _tensors_of(Path(file.path)) for file in adapter.files}
     for row in range(len(adapter)):
         for side in "AB":
             factor = adapter.factor(row, side)
-            start, entries = headers[factor.file.path]
-            entry = entries[factor.key]
-            low, high = (start + offset for offset in entry["data_offsets"])
-            assert low == factor.offset, f"{factor.key}: offset"
-            assert entry["dtype"] == factor.dtype, f"{factor.key}: dtype"
-            assert tuple(entry["shape"]) == factor.shape, f"{factor.key}: shape"
-            assert BITS[factor.dtype] * factor.elements == (high - low) * 8, f"{factor.key}: bytes"
-            assert start <= low <= high <= factor.file.size, f"{factor.key}: outside the file"
+            dtype, shape, low, high = files[factor.file.path][factor.key]
+            # The rows of a B may be those of several targets.
+            stop = factor.offset + BITS[factor.dtype] * factor.elements // 8
+            whole = side == "A" or adapter.dialect != "kohya"
+            assert dtype == factor.dtype, f"{factor.key}: dtype"
+            assert low <= factor.offset, f"{factor.key}: offset"
+            assert stop <= high <= factor.file.size, f"{factor.key}: outside its tensor"
+            if whole:
+                stored = factor.shape[::-1] if factor.turned else factor.shape
+                assert shape == stored, f"{factor.key}: shape"
+                assert (low, high) == (factor.offset, stop), f"{factor.key}: place"
             assert math.prod(factor.shape) > 0, f"{factor.key}: empty"
     assert adapter.columns.rank.min() > 0
     assert adapter.columns.n.min() > 0
+
+
+def _tensors_of(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """The dtype, shape and place of each tensor of a file."""
+    with path.open("rb") as stream:
+        head = stream.read(8)
+        if head.startswith(b"PK"):
+            return _tensors_of_torch(path)
+        length = int.from_bytes(head, "little")
+        entries = json.loads(stream.read(length))
+    entries.pop("__metadata__", None)
+    return {
+        name: (e["dtype"], tuple(e["shape"]), *(8 + length + o for o in e["data_offsets"]))
+        for name, e in entries.items()
+    }
+
+
+def _tensors_of_torch(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """The same of a file of torch.save: the bytes that torch reads are looked for in it."""
+    data, found = path.read_bytes(), {}
+    for name, tensor in torch.load(path, map_location="cpu", weights_only=True).items():
+        raw = bytes(tensor.contiguous().view(torch.uint8).numpy())
+        place = data.find(raw)
+        dtype = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16"}.get(
+            str(tensor.dtype).removeprefix("torch."), "other"
+        )
+        found[name] = (dtype, tuple(tensor.shape), place, place + len(raw))
+    return found
 
 
 def _check_inspection(adapter: Adapter) -> None:

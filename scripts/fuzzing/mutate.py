@@ -30,6 +30,8 @@ def mutate(random: Random, corpus: Directory) -> Directory:
 def _changed(random: Random, name: str, file: File) -> File:
     if random.random() < 0.05:
         return File(file.head, random.choice((0, 1, 7, 8, 9, file.length - 1, file.length + 1)))
+    if name.endswith(".bin"):
+        return File(_change_bytes(random, file.head))
     if not name.endswith(".safetensors"):
         return File(_change_text(random, file.head))
     if random.random() < 0.3 or len(file.head) < 16:

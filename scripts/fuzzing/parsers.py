@@ -24,6 +24,7 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
+from fuzzing import dialects
 from fuzzing.corpus import real, synthetic
 from fuzzing.directories import Directory, File
 from fuzzing.judge import CLEAN, FAULT, MEMORY_BYTES, READ, Verdict, judge
@@ -72,7 +73,7 @@ class Tally:
 @cache
 def corpora() -> tuple[dict[str, Directory], dict[str, Directory]]:
     """Synthetic and real directories."""
-    return synthetic(), real()
+    return synthetic() | dialects.sound(), real()
 
 
 def make_case(seed: int, number: int, *, with_real: bool = True) -> tuple[str, Directory, Random]:
@@ -93,8 +94,8 @@ def _make(random: Random, *, with_real: bool) -> tuple[str, Directory]:
     name = random.choice(sorted(pool))
     way = random.random()
     if way < 0.5:
-        shares = [share for share, _ in GENERATORS]
-        generator = random.choices([g for _, g in GENERATORS], shares)[0]
+        generators = (*GENERATORS, *dialects.GENERATORS)
+        generator = random.choices([g for _, g in generators], [n for n, _ in generators])[0]
         return f"structured:{generator.__name__}", generator(random)
     if way < 0.55:
         return "structured:record", record(random, made["output"])

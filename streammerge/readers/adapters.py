@@ -18,6 +18,7 @@ from streammerge.adapter import (
     NameTable,
     TensorFile,
 )
+from streammerge.errors import CorruptFileError
 from streammerge.readers.config import read_config
 from streammerge.readers.contents import Content, Source
 from streammerge.readers.diffusers import read_diffusers
@@ -105,7 +106,10 @@ def _content(source: Source) -> Content:
     names = [entry.name for _, _, entry in source.places]
     config = source.config
     dialect = recognise(names, config.dialect if config else None, source.headers[0].file.path)
-    return READERS[dialect](source)
+    content = READERS[dialect](source)
+    if len(content.columns.name) == 0:
+        raise CorruptFileError("holds no LoRA tensors", path=source.path)
+    return content
 
 
 def _what_decides(config: AdapterConfig | None) -> str:

@@ -28,7 +28,7 @@ _WORDS = re.compile(
     r"lokr_|hada_|\.ia3_l|\.on_input|oft_|vera_lambda|lora_E|prompt_embeddings|prefix_|lora_mid|"
     r"diffusion_model|lora_magnitude|dora_scale|\.base_layer\.lora_"
 )
-"""One of them is in every name that is refused: most adapters have none, and are looked at once."""
+"""One of them is in every name that is refused."""
 
 _RAW = re.compile(r"\.lora_(A|B|embedding_A|embedding_B)\.[^.]+\.weight$")
 """What PEFT holds in memory; its files do not name the adapter."""
@@ -60,10 +60,10 @@ def recognise(names: Collection[str], config: Dialect | None, path: str) -> Dial
         UnsupportedAdapterError: it is known, and not merged.
         CorruptFileError: they are of no LoRA adapter, or not of the one that the config is of.
     """
-    for name in names:
-        if _WORDS.search(name):
-            _refuse_other(name, path)
-            _refuse_variant(path, name)
+    # All at once: 90,000 names take long one by one, and most adapters have no such word in them.
+    for name in names if _WORDS.search("\n".join(names)) else ():
+        _refuse_other(name, path)
+        _refuse_variant(path, name)
     found = _dialect(names, peft=config == PEFT)
     raw = next(filter(_RAW.search, names), None) if found is None else None
     if raw is not None:
