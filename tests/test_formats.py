@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -302,6 +303,22 @@ def test_a_config_that_does_not_count_is_mentioned(tmp_path: Path) -> None:
     write_files(tmp_path / "in", dialects.kohya(pairs()), CONF)
     (notice,) = streammerge.plan([tmp_path / "in"]).notices
     assert "adapter_config.json is not looked at" in notice
+
+
+@pytest.mark.parametrize("layout", ["kohya", "mlx"])
+def test_what_a_worker_of_a_cluster_gets_is_the_same(layout: str, tmp_path: Path) -> None:
+    """Some rows of a manifest, in another order, over another table."""
+    if layout == "mlx":
+        path = write_mlx(tmp_path / "in", pairs(LANGUAGE), 3, 1.0)
+    else:
+        path = write_file(tmp_path / "in.safetensors", dialects.kohya(pairs()))
+    adapter = streammerge.open_adapter(path)
+    rows = np.array([1, 0], np.int32)
+    part = pickle.loads(pickle.dumps(adapter.take(rows, NameTable())))
+    for new, old in enumerate(rows):
+        assert part.target(new) == adapter.target(old)
+        for side in "AB":
+            assert part.factor(new, side) == adapter.factor(old, side)
 
 
 def test_alphas_are_not_shared(tmp_path: Path) -> None:
