@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import streammerge
+from dialects import pairs, write_mlx
 from making import WEIGHTS, Layer, linear, write_adapter
 from streammerge import errors, worker
 from streammerge.adapter import NameTable
@@ -189,6 +190,18 @@ def test_the_way_to_a_device(method: str, tmp_path: Path, request: pytest.Fixtur
             found = run_task(job, task)
         assert replace(found, seconds=0.0) == replace(receipt, seconds=0.0)
         assert live.peak <= task.projected_bytes + PINNED_SLOTS * 10_000
+
+
+def test_the_way_to_a_device_for_what_lies_transposed(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    shapes = {"up": (5000, 30, 3), "down": (30, 700, 3)}
+    paths = [str(write_mlx(tmp_path / f"in{i}", pairs(shapes, seed=i), 3, 2.0)) for i in range(2)]
+    job = job_of(plan(paths, method="ties", density=0.5, workers=1), paths, tmp_path)
+    expected = [run_task(job, task) for task in job.plan.tasks]
+    request.getfixturevalue("device_like")
+    for task, receipt in zip(job.plan.tasks, expected, strict=True):
+        assert replace(run_task(job, task), seconds=0.0) == replace(receipt, seconds=0.0)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,15 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import xxhash
 
 import dialects
 import streammerge
 from dialects import METADATA, Pair, agree, deltas, pairs, write_file, write_mlx
 from making import CONFIG, WEIGHTS, Tensor, encode, write_files
 from streammerge import errors
-from streammerge.adapter import NameTable
+from streammerge.adapter import Factor, NameTable, TensorFile
 from streammerge.readers import read_adapters
 from streammerge.readers.kohya_names import restore
+from streammerge.readers.windows import OpenFiles, mapped
+from streammerge.worker.factors import FactorReader
 
 TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 IMAGE = "pytorch_lora_weights.safetensors"
@@ -218,6 +223,40 @@ def peft(made: Mapping[str, Pair], prefix: str = "base_model.model.") -> dict[st
     return {f"{prefix}{name}": tensor for name, tensor in dialects.diffusers(made).items()}
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(8, 300), (300, 7), (9000, 3), (1, 5), (5, 1)])
+def test_any_elements_of_what_lies_transposed(rows: int, columns: int, tmp_path: Path) -> None:
+    """From any element to any other, by pieces of long lines or by many short ones."""
+    generator = np.random.default_rng(rows)
+    values = generator.standard_normal((rows, columns)).astype(np.float32)
+    stored = np.ascontiguousarray(values.T).tobytes()
+    path = tmp_path / "f"
+    path.write_bytes(b"odd" + stored)
+    status = path.stat()
+    file = TensorFile(str(path), status.st_size, status.st_mtime_ns, status.st_ino)
+    factor = Factor(file, "key", 3, "F32", (rows, columns), turned=True)
+    window = mapped(OpenFiles())
+    reader = FactorReader(window, factor, torch.float32, torch.device("cpu"), None)
+    for _ in range(20):
+        start, stop = sorted(generator.integers(0, rows * columns, 2).tolist())
+        found = reader.elements(start, stop + 1).numpy()
+        assert (found == values.reshape(-1)[start : stop + 1]).all()
+    assert (reader.whole().numpy() == values).all()
+    assert reader.checksum() == xxhash.xxh3_128_hexdigest(stored)
+
+
+@pytest.mark.parametrize(("value", "name"), [(np.nan, "NaN"), (-np.inf, "infinity")])
+def test_what_is_not_finite_is_named_where_it_lies(value: float, name: str, tmp_path: Path) -> None:
+    made = pairs(LANGUAGE)
+    made["model.layers.1.mlp.up"].b[200, 1] = value
+    directory = write_mlx(tmp_path / "in", made, 3, 1.0)
+    for method in ("cat", "svd"):
+        with pytest.raises(
+            errors.NonFiniteError, match=r"model\.layers\.1\.mlp\.up\.lora_b"
+        ) as caught:
+            streammerge.merge([directory], tmp_path / "out", method=method)
+        assert caught.value.value == name
+
+
 def test_what_mlx_trained_before_its_scale_was_the_scaling(tmp_path: Path) -> None:
     directory = write_mlx(tmp_path / "in", pairs(LANGUAGE), 3, 10.0)
     config = json.loads((directory / CONFIG).read_text())
@@ -264,6 +303,22 @@ def test_a_config_that_does_not_count_is_mentioned(tmp_path: Path) -> None:
     write_files(tmp_path / "in", dialects.kohya(pairs()), CONF)
     (notice,) = streammerge.plan([tmp_path / "in"]).notices
     assert "adapter_config.json is not looked at" in notice
+
+
+@pytest.mark.parametrize("layout", ["kohya", "mlx"])
+def test_what_a_worker_of_a_cluster_gets_is_the_same(layout: str, tmp_path: Path) -> None:
+    """Some rows of a manifest, in another order, over another table."""
+    if layout == "mlx":
+        path = write_mlx(tmp_path / "in", pairs(LANGUAGE), 3, 1.0)
+    else:
+        path = write_file(tmp_path / "in.safetensors", dialects.kohya(pairs()))
+    adapter = streammerge.open_adapter(path)
+    rows = np.array([1, 0], np.int32)
+    part = pickle.loads(pickle.dumps(adapter.take(rows, NameTable())))
+    for new, old in enumerate(rows):
+        assert part.target(new) == adapter.target(old)
+        for side in "AB":
+            assert part.factor(new, side) == adapter.factor(old, side)
 
 
 def test_alphas_are_not_shared(tmp_path: Path) -> None:

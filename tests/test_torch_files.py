@@ -23,7 +23,7 @@ import streammerge
 from dialects import agree, deltas, diffusers, kohya, pairs
 from making import CONFIG, WEIGHTS, decode, linear, make_config, make_factors, write_adapter
 from streammerge import errors
-from streammerge.readers import torch_file
+from streammerge.readers.archive import MAX_PICKLE_BYTES
 
 LAYERS = {"up": linear(12, 8, 2), "down": linear(8, 12, 2)}
 BIN = "adapter_model.bin"
@@ -138,7 +138,7 @@ def other_order(records: dict[str, bytes]) -> None:
 
 
 def long_pickle(records: dict[str, bytes]) -> None:
-    records["adapter_model/data.pkl"] += bytes(torch_file.MAX_PICKLE_BYTES)
+    records["adapter_model/data.pkl"] += bytes(MAX_PICKLE_BYTES)
 
 
 def half_pickle(records: dict[str, bytes]) -> None:

@@ -124,7 +124,8 @@ def _check_message(error: StreammergeError, place: Path) -> None:
 
 def _check_adapter(adapter: Adapter) -> None:
     """Compare every factor with what the file says, read once more without any care."""
-    files = {file.path: _tensors_of(Path(file.path)) for file in adapter.files}
+    offsets = {adapter.factor(row, side).offset for row in range(len(adapter)) for side in "AB"}
+    files = {file.path: _tensors_of(Path(file.path), offsets) for file in adapter.files}
     for row in range(len(adapter)):
         for side in "AB":
             factor = adapter.factor(row, side)
@@ -144,12 +145,12 @@ def _check_adapter(adapter: Adapter) -> None:
     assert adapter.columns.n.min() > 0
 
 
-def _tensors_of(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+def _tensors_of(path: Path, offsets: set[int]) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
     """The dtype, shape and place of each tensor of a file."""
     with path.open("rb") as stream:
         head = stream.read(8)
         if head.startswith(b"PK"):
-            return _tensors_of_torch(path)
+            return _tensors_of_torch(path, offsets)
         length = int.from_bytes(head, "little")
         entries = json.loads(stream.read(length))
     entries.pop("__metadata__", None)
@@ -159,12 +160,17 @@ def _tensors_of(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
     }
 
 
-def _tensors_of_torch(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """The same of a file of torch.save: the bytes that torch reads are looked for in it."""
+def _tensors_of_torch(
+    path: Path, offsets: set[int]
+) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """The same of a file of torch.save: what torch reads is looked for where it should be.
+
+    By a map, for it has been seen to hand out memory that nothing was read into otherwise.
+    """
     data, found = path.read_bytes(), {}
-    for name, tensor in torch.load(path, map_location="cpu", weights_only=True).items():
+    for name, tensor in torch.load(path, map_location="cpu", weights_only=True, mmap=True).items():
         raw = bytes(tensor.contiguous().view(torch.uint8).numpy())
-        place = data.find(raw)
+        place = next((o for o in offsets if data[o : o + len(raw)] == raw), -1)
         dtype = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16"}.get(
             str(tensor.dtype).removeprefix("torch."), "other"
         )

@@ -64,7 +64,7 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
         "parameters": int((columns.rank * (columns.m + columns.n)).sum()),
         "bytes": sum(file.size for file in adapter.files),
         "files": len(adapter.files),
-        "key prefixes": list(adapter.prefixes),
+        "key prefixes": list(adapter.prefixes) if adapter.keys is None else [],
         "scaling": f"unknown for {unexplained} targets" if unexplained else "known",
         "extra tensors": list(adapter.extras),
     }

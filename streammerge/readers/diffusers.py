@@ -34,7 +34,7 @@ from streammerge.readers.peft import scale_by
 _KEY = re.compile(
     r"(.+?)(?:\.lora_(A|B|down|up)|\.lora(?:_linear_layer)?\.(down|up)|_lora\.(down|up))\.weight"
 )
-_ALPHA_OF = re.compile(r"(.+?)(?:\.lora|\.lora_linear_layer|(_lora))?")
+_ALPHA_OF = re.compile(r"(.*?)(?:\.lora|\.lora_linear_layer|(_lora))?", re.DOTALL)
 _COMPONENT = re.compile(r"(unet|text_encoder(?:_[23])?|transformer(?:_2)?)\.(.+)")
 
 _BARE = {
@@ -92,7 +92,7 @@ def _name(path: Path, name: str) -> Name | None:
 def _alpha_of(path: Path, name: str) -> str:
     """Return the target of an alpha, which may be named by the module or by the LoRA in it."""
     match = _ALPHA_OF.fullmatch(name.replace(".processor.", "."))
-    assert match is not None, "it has a character at least"
+    assert match is not None, "it matches any text"
     return _target(path, match[1], old=match[2] is not None)
 
 

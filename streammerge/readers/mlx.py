@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 from streammerge.adapter import MLX
-from streammerge.errors import CorruptFileError, UnsupportedAdapterError
+from streammerge.errors import CorruptFileError, UnsupportedAdapterError, shorten
 from streammerge.readers.contents import (
     NO_SCALE,
     Content,
@@ -45,8 +45,8 @@ def read_mlx(source: Source) -> Content:
         old = facts.get("alpha")
         if isinstance(old, int | float) and old != config.rank:
             said = (
-                f"lora_parameters.alpha is {old:g}: mlx-lm before June 2024 multiplied the scale "
-                f"by alpha/rank, later ones do not; scale {config.alpha:g} is taken as it is"
+                f"lora_parameters.alpha is {shorten(old)}: mlx-lm before June 2024 multiplied the "
+                f"scale by alpha/rank, later ones do not; scale {config.alpha:g} is taken as it is"
             )
             notices = (said,)
     columns = columns_of(pairs, source.table, lambda _target: scale)

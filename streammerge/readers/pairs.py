@@ -64,35 +64,31 @@ def pair_up(
     pairs: dict[str, Factors] = {}
     extras: list[Place] = []
     for place in places:
-        header, _, entry = place
-        name = name_of(entry.name)
+        name = name_of(place[2].name)
         if name is None:
             extras.append(place)
             continue
         pair = pairs.get(name.target)
         if pair is None:
             pair = pairs[name.target] = Factors(name.prefix, name.embedding)
-        if pair.prefix != name.prefix:
-            raise CorruptFileError(
-                f"{name.target} stands under two prefixes, {pair.prefix!r} and {name.prefix!r}",
-                path=header.file.path,
-                tensor=entry.name,
-            )
-        if getattr(pair, name.side) is not None:
-            raise CorruptFileError(
-                f"{name.target} has two {name.side.upper()} factors",
-                path=header.file.path,
-                tensor=entry.name,
-            )
-        if pair.embedding != name.embedding:
-            other = (pair.a or pair.b or place)[2].name
-            raise CorruptFileError(
-                f"is paired with {other}", path=header.file.path, tensor=entry.name
-            )
-        setattr(pair, name.side, place)
+        _enter(pair, name, place)
     for pair in pairs.values():
         _check_pair(pair)
     return pairs, extras
+
+
+def _enter(pair: Factors, name: Name, place: Place) -> None:
+    """Enter a factor into the pair of its target."""
+    why = ""
+    if pair.prefix != name.prefix:
+        why = f"{name.target} stands under two prefixes, {pair.prefix!r} and {name.prefix!r}"
+    elif getattr(pair, name.side) is not None:
+        why = f"{name.target} has two {name.side.upper()} factors"
+    elif pair.embedding != name.embedding:
+        why = f"is paired with {(pair.a or pair.b or place)[2].name}"
+    if why:
+        raise CorruptFileError(why, path=place[0].file.path, tensor=place[2].name)
+    setattr(pair, name.side, place)
 
 
 def _check_pair(pair: Factors) -> None:
