@@ -19,7 +19,7 @@ LAYERS = (
     {"errors"},
     {"budget", "tiling", "regular", "files"},
     {"catalog", "plans", "recipe", "adapter", "events", "patterns"},
-    {"planner"},
+    {"planner", "hub"},
     {"readers", "output", "rules", "spaces", "lowrank", "select", "draw"},
     {"kernels"},
     {"worker"},
