@@ -112,6 +112,11 @@ _OPTIONS = (
         help="How inputs are read; pread suits network file systems.",
     ),
     click.option(
+        "--stream",
+        is_flag=True,
+        help="Read adapters on the Hub while they are merged; store nothing of them.",
+    ),
+    click.option(
         "--scratch",
         type=click.Path(),
         help="Directory for tiles that do not fit into memory, or none.  [default: beside OUT]",

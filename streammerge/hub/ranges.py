@@ -268,9 +268,8 @@ class Ranges:
 
 
 def _headers(place: _Place) -> dict[str, str]:
-    from huggingface_hub.utils import (  # noqa: PLC0415
-        build_hf_headers,  # type: ignore[attr-defined]  # public, says its documentation
-    )
+    # Public, as its documentation says.
+    from huggingface_hub.utils import build_hf_headers  # type: ignore  # noqa: PLC0415
 
     headers: dict[str, str] = build_hf_headers(
         token=None if place.own else False, library_name="streammerge"

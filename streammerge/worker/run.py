@@ -52,8 +52,8 @@ def run_task(job: Job, task: Task, each: Each = map, team: Team | None = None) -
     for device, attempt in _attempts(job.device, task):
         try:
             first = attempt is task
-            shared = (each, team) if first else (map, None)
-            receipt = _run_on(device, job, attempt, window, *shared)
+            work = each if first else map
+            receipt = _run_on(device, job, attempt, window, each=work, team=team if first else None)
         except torch.OutOfMemoryError as error:
             failure = error
             if team is not None:
@@ -84,7 +84,7 @@ def _attempts(device: torch.device, task: Task) -> Iterator[tuple[torch.device, 
 
 
 def _run_on(
-    device: torch.device, job: Job, task: Task, window: Window, each: Each, team: Team | None
+    device: torch.device, job: Job, task: Task, window: Window, *, each: Each, team: Team | None
 ) -> Receipt:
     sources = TargetSources(job, task, device, window)
     work = Work(job, task, sources, device, watched(job, each), team)
