@@ -13,6 +13,7 @@ from streammerge import events
 from streammerge.adapter import Adapter, NameTable, TensorFile
 from streammerge.budget import AUTO, ON_CPU, Budget, Device, allow, parse_size
 from streammerge.errors import BudgetError, ClusterError, HubError, RecipeError
+from streammerge.hub import parse_id
 from streammerge.output.space import allocated_bytes, check_space, find_scratch
 from streammerge.output.staging import staging_path
 from streammerge.planner import make_plan, resolve_method
@@ -131,7 +132,7 @@ def bring(
     if not remote:
         return list(manifests)
     # Loads the Hub's client.
-    from streammerge.hub.snapshots import download  # noqa: PLC0415
+    from streammerge.hub.snapshots import download, remember  # noqa: PLC0415
 
     others = [path for a in remote if a.origin is not None for path in a.origin.others]
     files = {file.path: file for adapter in remote for file in adapter.files}
@@ -141,6 +142,10 @@ def bring(
         lambda path, nbytes: tell(events.Downloaded(path, nbytes)) if path in files else None,
         check,
     )
+    for adapter in remote:
+        asked, path = parse_id(adapter.path), adapter.files[0].path
+        if asked is not None:
+            remember(path, places[path], asked.revision)
     local = {path: _described(file, places[path]) for path, file in files.items()}
     return [
         replace(adapter, files=tuple(local.get(file.path, file) for file in adapter.files))

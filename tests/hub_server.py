@@ -20,6 +20,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
+from streammerge.hub import ranges
+
 LARGE = 1024
 """Files of more bytes lie on the CDN, as the Hub's large files do."""
 
@@ -87,6 +92,8 @@ class HubServer:
         self.signature = 1
         """What links to the CDN are signed with; raised, the older ones have expired."""
         self.over = threading.Event()
+        self.together = {HUB: 0, CDN: 0}
+        self.most = {HUB: 0, CDN: 0}
         self.lock = threading.Lock()
         self._servers = {name: _Server(self, name) for name in (HUB, CDN)}
 
@@ -123,6 +130,28 @@ class HubServer:
             "NO_PROXY": "127.0.0.1,localhost",
         }
         return found | ({"HF_TOKEN": token} if token else {})
+
+    def use(self, patch: pytest.MonkeyPatch, home: Path, token: str | None = None) -> None:
+        """Have this process use this Hub and a cache of its own, and no token but this."""
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            patch.delenv(name, raising=False)
+        for name, value in self.environment(home, token).items():
+            patch.setenv(name, value)
+        # What the client has read of its environment when it was imported.
+        template = f"{self.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        for name, constant in {
+            "ENDPOINT": self.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN_PATH": str(home / "token"),
+            "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
+            "AGENT_HARNESSES_PATH": str(home / "agents"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+        }.items():
+            patch.setattr(constants, name, constant, raising=False)
+        patch.setattr(ranges, "BACKOFF_SECONDS", 0.01)
 
     def add(
         self, name: str, files: Mapping[str, bytes] | Path, branch: str = "main", **options: Any
@@ -167,6 +196,16 @@ class HubServer:
             for request in self.log
             if match in f"{request.method} {request.path}" and server in ("", request.server)
         ]
+
+    def most_together(self, server: str) -> int:
+        """How many requests it has had in hand at once, at most."""
+        return self.most[server]
+
+    def count(self, server: str, change: int) -> None:
+        """Count the requests in hand."""
+        with self.lock:
+            self.together[server] += change
+            self.most[server] = max(self.most[server], self.together[server])
 
     def blob(self, digest: str) -> bytes | None:
         """A large file's content by its sha256."""
@@ -233,6 +272,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
+        self.hub.count(self.server.name, 1)
+        try:
+            self._route()
+        finally:
+            self.hub.count(self.server.name, -1)
+
+    def _route(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
         self.body = self.rfile.read(length)
         self.fault = self.hub.take_fault(self.server.name, f"{self.command} {self.path}")

@@ -61,7 +61,8 @@ def parse_id(text: str) -> HubId | None:
     repo, _, inner = rest.partition("/")
     revision = revision if at else "main"
     sound = (
-        all(map(_is_name, (user, repo)))
+        not path.endswith("/")
+        and all(map(_is_name, (user, repo)))
         and (not inner or all(map(_is_part, inner.split("/"))))
         and _REVISION.fullmatch(revision) is not None
         and not {"", ".", ".."} & set(revision.split("/"))

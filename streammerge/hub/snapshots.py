@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -155,6 +155,27 @@ def download(
         # A download that is on its way is not waited for: what it has got is kept for the next.
         pool.shutdown(wait=False, cancel_futures=True)
     return places
+
+
+def remember(path: str, place: Path, revision: str) -> None:
+    """Have the cache know which commit a branch names, as its documented layout has it.
+
+    Files are asked for by their commit, so that all are of one; the cache hears of the branch from
+    here, and finds it when the Hub is not asked.
+
+    Args:
+        path: of a file, as manifests call it.
+        place: where it is in the cache.
+        revision: what was asked for.
+    """
+    _, commit, name = split_path(path)
+    if revision == commit:
+        return
+    snapshots = place.parents[len(PurePosixPath(name).parts)]
+    reference = snapshots.with_name("refs") / revision
+    with suppress(OSError):  # the cache may be one that others keep
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(commit)
 
 
 def _bring(path: str) -> Path:
