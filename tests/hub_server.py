@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,7 @@ class HubServer:
         return None
 
 
+@lru_cache(maxsize=1024)
 def sha256(content: bytes) -> str:
     """What the Hub calls a large file by."""
     return hashlib.sha256(content).hexdigest()

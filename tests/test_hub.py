@@ -16,6 +16,7 @@ import pytest
 from huggingface_hub import constants
 
 import streammerge
+from clusters import LocalCluster
 from hub_server import CDN, HUB, HubServer
 from making import (
     CONFIG,
@@ -410,6 +411,57 @@ class TestStream:
     def test_local_and_remote_ones_together(self, adapters: list[Path], tmp_path: Path) -> None:
         mixed = merged([adapters[0], IDS[1]], tmp_path / "mixed", stream=True, workers=2)
         assert mixed == merged(adapters, tmp_path / "local")
+
+    def test_the_peak_is_within_the_projection(self, hub: HubServer, tmp_path: Path) -> None:
+        layers = {f"layer.{i}": linear(2048, 2048, 64) for i in range(2)}
+        ids = [f"bob/a{i}" for i in range(16)]
+        for i, name in enumerate(ids):
+            hub.add(name, write_adapter(tmp_path / name, layers, seed=i))
+        run = subprocess.run(
+            [sys.executable, "-c", PEAK, str(tmp_path / "out"), *ids],
+            env={**os.environ, **hub.environment(tmp_path / "home")},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peak, projected, reserved, fetched = map(int, run.stdout.split())
+        assert reserved < peak <= projected
+        # 16 MiB of each target's 16 sources, which two tasks hold.
+        assert fetched == 16 * 2 * 2048 * 64 * 4
+        assert projected - reserved > 2 * fetched
+
+
+PEAK = """
+import pathlib, sys
+import streammerge
+output, *ids = sys.argv[1:]
+options = {"method": "linear", "workers": 2, "stream": True}
+plan = streammerge.plan(ids, **options)
+streammerge.merge(ids, output, **options)
+status = dict(line.split(":") for line in pathlib.Path("/proc/self/status").open())
+peak = int(status["VmHWM"].split()[0]) * 1024
+print(peak, plan.projected_bytes, plan.reserved_bytes, plan.tasks[0].read_bytes)
+"""
+
+
+class TestClusters:
+    def test_workers_of_a_cluster_fetch_themselves(
+        self, hub: HubServer, adapters: list[Path], tmp_path: Path
+    ) -> None:
+        needed = streammerge.plan(IDS).read_bytes
+        expected = merged(adapters, tmp_path / "local")
+        out = tmp_path / "out"
+        (tmp_path / "cluster").mkdir()
+        cluster = LocalCluster(tmp_path / "cluster")
+        try:
+            cluster.add_worker()
+            hub.log.clear()
+            streamed = merged(IDS, out, stream=True, scheduler=cluster.address)
+            assert streamed == expected
+            headers = sum((path / WEIGHTS).stat().st_size for path in adapters)
+            assert hub.sent(server=CDN) == needed + headers
+        finally:
+            cluster.stop()
 
 
 FAULTS: list[tuple[str, str, dict[str, Any]]] = [
