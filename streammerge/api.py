@@ -49,7 +49,8 @@ def open_adapter(path: StrPath) -> Adapter:
     """Return the manifest of an adapter; of its weights only the header is read.
 
     Args:
-        path: an adapter's directory or file: PEFT's, diffusers', kohya's or MLX's.
+        path: an adapter's directory or file, PEFT's, diffusers', kohya's or MLX's, or its id on
+            the Hub, such as "user/repo@revision".
 
     Raises:
         AdapterError: a subclass of it says why it cannot be used.
@@ -173,8 +174,9 @@ def merge(
     """Merge LoRA adapters on disk into one adapter on disk, without the base model.
 
     Args:
-        adapters: directories or files of LoRA adapters, in the order of their weights; PEFT's,
-            diffusers', kohya's and MLX's are read.
+        adapters: directories or files of LoRA adapters, or ids on the Hub such as
+            "user/repo@revision", in the order of their weights; PEFT's, diffusers', kohya's and
+            MLX's are read.
         output: directory to make; it appears whole, or not at all.
         method: one of PEFT's combination types, such as "svd", "ties" or "dare_ties_svd".
         weights: one for each adapter, 1.0 each when None; they are not normalised.

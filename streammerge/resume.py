@@ -80,8 +80,9 @@ def _changes(before: dict[str, Any], now: dict[str, Any], *, mixed_hardware: boo
         was, now_is = (_as_json(side["recipe"].get(option)) for side in (before, now))
         if was != now_is:
             yield f"{option} was {was}, and is {now_is}"
-    for name in sorted(set(before["commits"]) & set(now["commits"])):
-        was, now_is = before["commits"][name], now["commits"][name]
+    commits = before.get("commits", {})  # early journals have none
+    for name in sorted(set(commits) & set(now["commits"])):
+        was, now_is = commits[name], now["commits"][name]
         if was != now_is:
             yield f"{name} was commit {was} on the Hub, and has moved to {now_is}"
     for path in sorted({*before["inputs"], *now["inputs"]}):

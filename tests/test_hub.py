@@ -341,6 +341,12 @@ class TestRefusals:
         with pytest.raises(AdapterError, match="name the one that is meant"):
             streammerge.plan(["ann/several"])
 
+    def test_too_many_requests(self, hub: HubServer) -> None:
+        hub.fail(HUB, "GET /api/models", status=429, times=9, headers={"Retry-After": "1"})
+        with pytest.raises(HubError, match=r"no path here; .*429.*wait") as caught:
+            streammerge.plan(["ann/one"])
+        assert caught.value.reason == "busy"
+
     def test_nobody_answers(self, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
         assert hub.url

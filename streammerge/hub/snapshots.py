@@ -17,7 +17,7 @@ from huggingface_hub.utils.tqdm import (
 )
 
 from streammerge.errors import HubError
-from streammerge.hub.ids import COMMIT, HubId, file_path, split_path
+from streammerge.hub.ids import COMMIT, PREFIX, HubId, file_path, split_path
 from streammerge.hub.ranges import POLL_SECONDS
 from streammerge.hub.trouble import TROUBLES, Trouble, explain
 
@@ -67,7 +67,10 @@ def look_up(asked: HubId) -> Snapshot | None:
         return None
     except TROUBLES as error:
         trouble = explain(error)
-        raise HubError(trouble.message, path=asked.text, reason=trouble.reason) from None
+        here = "" if asked.text.startswith(PREFIX) else "is no path here; on the Hub: "
+        known = trouble.reason == "repository"
+        message = trouble.message if known else f"{here}{trouble.message}"
+        raise HubError(message, path=asked.text, reason=trouble.reason) from None
     if COMMIT.fullmatch(told.sha or "") is None:
         raise HubError("the Hub names no commit", path=asked.text, reason="network")
     paths = [file.rfilename for file in told.siblings or ()]
