@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def merge(
     adapters: tuple[str, ...], output: str, quiet: bool, as_json: bool, **options: Any
 ) -> None:
-    """Merge ADAPTERS (directories or files of LoRAs, or ids on the Hub: user/repo@revision) into one adapter.
+    """Merge ADAPTERS (directories, files, or ids on the Hub: user/repo@revision) into one.
 
     \b
     streammerge merge A B C -o OUT --method ties --weights 2.0,0.3,0.7 --density 0.2
