@@ -168,9 +168,21 @@ class TensorFile:
     """One file of an adapter, as it was when its header was read."""
 
     path: str
+    """On the Hub `user/repo@commit/name`."""
     size: int
     mtime_ns: int
     inode: int
+    etag: str | None = None
+    """What the Hub calls its content by; None of a file on this machine."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where on the Hub an adapter comes from."""
+
+    commit: str
+    others: tuple[str, ...] = ()
+    """Files that were read beside the weights, by their paths there."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +232,8 @@ class Adapter:
     PEFT's suffix."""
     notices: tuple[str, ...] = ()
     """What was settled when it was read, and somebody may want to know."""
+    origin: Origin | None = None
+    """None of an adapter on this machine."""
 
     def __len__(self) -> int:
         return len(self.columns.name)

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from streammerge import events
 from streammerge.adapter import Adapter, NameTable
 from streammerge.budget import CPU, format_size, parse_duration
-from streammerge.errors import printable
+from streammerge.errors import StoppedError, printable
 from streammerge.notebook import card
 from streammerge.output.record import write_timings
 from streammerge.output.staging import Staging, check_output
 from streammerge.plans import SHOWN, Plan
-from streammerge.preparation import StrPath, make_recipe, open_cluster, prepare
+from streammerge.preparation import StrPath, bring, make_recipe, open_cluster, prepare
 from streammerge.readers import read_adapter
 from streammerge.verification import verify
 
@@ -82,7 +82,8 @@ def open_adapter(path: StrPath) -> Adapter:
     """Return the manifest of an adapter; of its weights only the header is read.
 
     Args:
-        path: an adapter's directory or file: PEFT's, diffusers', kohya's or MLX's.
+        path: an adapter's directory or file, PEFT's, diffusers', kohya's or MLX's, or its id on
+            the Hub, such as "user/repo@revision".
 
     Raises:
         AdapterError: a subclass of it says why it cannot be used.
@@ -117,6 +118,7 @@ def plan(
     device: str = CPU,
     max_vram: str | int | None = None,
     io: str = "mmap",
+    stream: bool = False,
     scratch: StrPath | None = None,
     scheduler: Any = None,
     mixed_hardware: bool = False,
@@ -165,6 +167,7 @@ def plan(
             device=device,
             max_vram=max_vram,
             io=io,
+            stream=stream,
             scratch=scratch,
             mixed_hardware=mixed_hardware,
         )[0]
@@ -197,6 +200,7 @@ def merge(
     device: str = CPU,
     max_vram: str | int | None = None,
     io: str = "mmap",
+    stream: bool = False,
     scratch: StrPath | None = None,
     scheduler: Any = None,
     mixed_hardware: bool = False,
@@ -209,8 +213,9 @@ def merge(
     """Merge LoRA adapters on disk into one adapter on disk, without the base model.
 
     Args:
-        adapters: directories or files of LoRA adapters, in the order of their weights; PEFT's,
-            diffusers', kohya's and MLX's are read.
+        adapters: directories or files of LoRA adapters, or ids on the Hub such as
+            "user/repo@revision", in the order of their weights; PEFT's, diffusers', kohya's and
+            MLX's are read.
         output: directory to make; it appears whole, or not at all.
         method: one of PEFT's combination types, such as "svd", "ties" or "dare_ties_svd".
         weights: one for each adapter, 1.0 each when None: a number; a list of numbers, spaced
@@ -242,6 +247,8 @@ def merge(
             the accelerator, where there is one and it is projected to be faster.
         max_vram: of the device's memory, in bytes or like "8GiB"; what is free when None.
         io: "mmap", or "pread" for network file systems.
+        stream: read adapters on the Hub from there while they are merged, and store nothing of
+            them; they are downloaded into the Hub's cache first when False.
         scratch: directory on a disk for tiles that do not fit into memory, or "none" to make them
             again instead; the output's own parent when None and it is on a disk.
         scheduler: of a dask cluster whose workers do it, instead of this machine: an address such
@@ -309,11 +316,14 @@ def merge(
             device=device,
             max_vram=max_vram,
             io=io,
+            stream=stream,
             scratch=scratch,
             mixed_hardware=mixed_hardware,
         )
         for notice in planned.notices:
             tell(events.Notice(notice))
+        if not stream:
+            manifests = bring(manifests, tell, lambda: _check_time(deadline, len(planned.tasks)))
         # Loads torch, so it waits until all that can be refused without it has been.
         from streammerge.run import run_plan  # noqa: PLC0415
 
@@ -336,6 +346,11 @@ def merge(
     for notice in late:
         tell(events.Notice(notice))
     return MergeResult(Path(output), planned, modules, (*planned.notices, *late), seconds)
+
+
+def _check_time(deadline: float, targets: int) -> None:
+    if time.monotonic() > deadline:
+        raise StoppedError("the time limit is over", done=0, targets=targets)
 
 
 def _missed(modules: Sequence[ModuleReport]) -> list[str]:

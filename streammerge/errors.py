@@ -8,6 +8,7 @@ StreammergeError
 │   │   ├── MissingFileError     a file that the adapter needs is not there
 │   │   ├── CorruptFileError     a file is not what its name or its header says
 │   │   ├── UnsupportedAdapterError   a format or variant known by name, but not merged
+│   │   ├── HubError             it cannot be had from the Hugging Face Hub
 │   │   ├── UnknownScalingError  the config cannot explain the rank of a tensor
 │   │   └── ExtraTensorsError    tensors that are not LoRA factors, and no choice what to do
 │   ├── IncompatibleError        adapters that do not fit together
@@ -142,6 +143,20 @@ class UnsupportedAdapterError(AdapterError):
     def __init__(self, message: str, *, path: str, variant: str, tensor: str | None = None) -> None:
         super().__init__(message, path=path, tensor=tensor)
         self.variant = variant
+
+
+class HubError(AdapterError):
+    """An adapter cannot be had from the Hugging Face Hub.
+
+    Attributes:
+        reason: "id" (what was written names nothing), "repository" (there is none, or it is
+            private), "gated", "revision", "file", "token" (refused), "offline" (not in the cache),
+            "busy" (too many requests), "network", "format" (cannot be streamed) or "disk".
+    """
+
+    def __init__(self, message: str, *, path: str, reason: str) -> None:
+        super().__init__(message, path=path)
+        self.reason = reason
 
 
 class UnknownScalingError(AdapterError):
@@ -446,11 +461,13 @@ class InputUnreadableError(MergeFailedError, OSError):
 
     Attributes:
         path: the file.
+        reason: of a file on the Hub, as `HubError` has it; None of one on this machine.
     """
 
-    def __init__(self, message: str, *, path: str) -> None:
+    def __init__(self, message: str, *, path: str, reason: str | None = None) -> None:
         super().__init__(f"{path}: {message}")
         self.path = path
+        self.reason = reason
 
 
 class StorageError(MergeFailedError, OSError):

@@ -7,6 +7,22 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Downloading:
+    """Files of adapters are brought from the Hub into its cache; those that are there are not."""
+
+    files: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Downloaded:
+    """One of them is there."""
+
+    path: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Planned:
     """The plan is made; the work starts now."""
 
@@ -48,7 +64,7 @@ class Notice:
     message: str
 
 
-Event = Planned | Resumed | TaskDone | Published | Notice
+Event = Downloading | Downloaded | Planned | Resumed | TaskDone | Published | Notice
 OnEvent = Callable[[Event], None]
 
 

@@ -125,6 +125,7 @@ def _input(manifest: Adapter, read: tuple[int, str]) -> dict[str, Any]:
     targets, checksum = read
     return {
         "path": manifest.path,
+        **({} if manifest.origin is None else {"commit": manifest.origin.commit}),
         "files": {Path(file.path).name: file.size for file in manifest.files},
         "targets_used": targets,
         "xxh3": checksum,

@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streammerge.adapter import Adapter, NameTable
+from streammerge import events
+from streammerge.adapter import Adapter, NameTable, TensorFile
 from streammerge.budget import AUTO, ON_CPU, Budget, Device, allow, parse_size
-from streammerge.errors import BudgetError, ClusterError, RecipeError
+from streammerge.errors import BudgetError, ClusterError, HubError, RecipeError
+from streammerge.hub import parse_id
 from streammerge.output.space import allocated_bytes, check_space, find_scratch
 from streammerge.output.staging import staging_path
 from streammerge.planner import make_plan, resolve_method
@@ -68,6 +70,7 @@ def prepare(
     device: str,
     max_vram: str | int | None,
     io: str,
+    stream: bool,
     scratch: StrPath | None,
     mixed_hardware: bool,
 ) -> tuple[Plan, list[Adapter]]:
@@ -82,7 +85,7 @@ def prepare(
     vram = None if max_vram is None else parse_size(max_vram, option="max_vram")
     threads = _threads(workers, cluster)
     memory = None if max_memory is None else parse_size(max_memory, option="max_memory")
-    manifests = read_adapters(recipe.adapters, NameTable())
+    manifests = read_adapters(recipe.adapters, NameTable(), store=not stream)
     place = find_scratch(scratch, output)
     if cluster is None:
         budget, found = _own_budget(memory, threads, device, vram)
@@ -92,7 +95,14 @@ def prepare(
 
     def plan_on(where: Device) -> Plan:
         return make_plan(
-            manifests, recipe, budget, device=where, workers=size, io=io, scratch=place
+            manifests,
+            recipe,
+            budget,
+            device=where,
+            workers=size,
+            io=io,
+            scratch=place,
+            stream=stream,
         )
 
     planned = _choose(plan_on, found) if device == AUTO else plan_on(found)
@@ -107,6 +117,56 @@ def prepare(
         needs.append((place, size * planned.scratch_bytes))
     check_space(needs)
     return planned, manifests
+
+
+def bring(
+    manifests: Sequence[Adapter], tell: events.OnEvent, check: Callable[[], None]
+) -> list[Adapter]:
+    """Bring what lies on the Hub into its cache; return the manifests of what is there.
+
+    Args:
+        manifests: as they were planned with.
+        tell: hears of each file.
+        check: called now and then; ends it by raising.
+
+    Raises:
+        HubError: a file cannot be had.
+    """
+    remote = [adapter for adapter in manifests if adapter.files[0].etag is not None]
+    if not remote:
+        return list(manifests)
+    # Loads the Hub's client.
+    from streammerge.hub.snapshots import download, remember  # noqa: PLC0415
+
+    others = [path for a in remote if a.origin is not None for path in a.origin.others]
+    files = {file.path: file for adapter in remote for file in adapter.files}
+    tell(events.Downloading(len(files), sum(file.size for file in files.values())))
+    places = download(
+        [*dict.fromkeys([*others, *files])],
+        lambda path, nbytes: tell(events.Downloaded(path, nbytes)) if path in files else None,
+        check,
+    )
+    for adapter in remote:
+        asked, path = parse_id(adapter.path), adapter.files[0].path
+        if asked is not None:
+            remember(path, places[path], asked.revision)
+    local = {path: _described(file, places[path]) for path, file in files.items()}
+    return [
+        replace(adapter, files=tuple(local.get(file.path, file) for file in adapter.files))
+        for adapter in manifests
+    ]
+
+
+def _described(file: TensorFile, place: Path) -> TensorFile:
+    status = place.stat()
+    if status.st_size != file.size:
+        raise HubError(
+            f"has {status.st_size} bytes in the cache ({place}), and {file.size} on the Hub; "
+            "remove it there",
+            path=file.path,
+            reason="disk",
+        )
+    return TensorFile(str(place), status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 def _choose(plan_on: Callable[[Device], Plan], accelerator: Device) -> Plan:

@@ -26,13 +26,19 @@ def identity(
         "streammerge": metadata.version("streammerge"),
         "recipe": plan.recipe,
         "fingerprint": fingerprint,
-        "inputs": {
-            file.path: [file.size, file.mtime_ns, file.inode]
-            for adapter in adapters
-            for file in adapter.files
-        },
+        "inputs": {path: facts for adapter in adapters for path, facts in _files(adapter)},
+        "commits": {a.path: a.origin.commit for a in adapters if a.origin is not None},
         "courses": _courses(plan),
     }
+
+
+def _files(adapter: Adapter) -> Iterator[tuple[str, list[int]]]:
+    for file in adapter.files:
+        if adapter.origin is None:
+            yield file.path, [file.size, file.mtime_ns, file.inode]
+        else:
+            # Its commit says what it is, wherever it is read.
+            yield f"{adapter.path}: {Path(file.path).name}", [file.size]
 
 
 def _courses(plan: Plan) -> str:
@@ -74,6 +80,11 @@ def _changes(before: dict[str, Any], now: dict[str, Any], *, mixed_hardware: boo
         was, now_is = (_as_json(side["recipe"].get(option)) for side in (before, now))
         if was != now_is:
             yield f"{option} was {was}, and is {now_is}"
+    commits = before.get("commits", {})  # early journals have none
+    for name in sorted(set(commits) & set(now["commits"])):
+        was, now_is = commits[name], now["commits"][name]
+        if was != now_is:
+            yield f"{name} was commit {was} on the Hub, and has moved to {now_is}"
     for path in sorted({*before["inputs"], *now["inputs"]}):
         if before["inputs"].get(path) != now["inputs"].get(path):
             yield f"{path} is not the file that it was"

@@ -19,7 +19,7 @@ LAYERS = (
     {"errors"},
     {"budget", "notebook", "tiling", "regular", "files", "schedule"},
     {"catalog", "plans", "recipe", "adapter", "events", "patterns"},
-    {"planner"},
+    {"planner", "hub"},
     {"readers", "output", "rules", "spaces", "lowrank", "select", "draw", "recipe_file"},
     {"kernels"},
     {"worker"},

@@ -47,8 +47,8 @@ def merge(
 ) -> None:
     """Merge adapters into one.
 
-    ADAPTERS are directories or files of LoRAs, in the order of their weights. The output appears
-    whole, or not at all.
+    ADAPTERS are directories or files of LoRAs, or ids on the Hub (user/repo@revision), in the
+    order of their weights. The output appears whole, or not at all.
 
     Stopped by SIGTERM, SIGINT or --time-limit it keeps what is done, exits with 75 and prints the
     command that goes on; killed by anything else, the same command with --resume goes on.

@@ -197,6 +197,11 @@ _MACHINE = (
         help="How inputs are read; pread suits network file systems.",
     ),
     click.option(
+        "--stream",
+        is_flag=True,
+        help="Read adapters on the Hub while they are merged; store nothing of them.",
+    ),
+    click.option(
         "--scratch",
         type=click.Path(),
         metavar="DIR",

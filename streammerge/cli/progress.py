@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from streammerge import events
+from streammerge.budget import format_size
 from streammerge.cli.console import note, remark
 from streammerge.cli.terminal import is_terminal
 
@@ -45,6 +46,10 @@ class Progress:
             return
         if isinstance(event, events.Resumed):
             remark(f"going on: {event.done} of {event.targets} targets are done")
+        if isinstance(event, events.Downloading):
+            remark(f"downloading {event.files} file(s), {format_size(event.nbytes)}")
+        if isinstance(event, events.Downloaded):
+            remark(f"downloaded {event.path}, {format_size(event.nbytes)}")
         if isinstance(event, events.Planned):
             self._total = event.read_bytes
             self._began = self._last = time.monotonic()

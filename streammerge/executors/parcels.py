@@ -68,6 +68,8 @@ class Parcels:
 
 def anywhere(adapter: Adapter) -> Adapter:
     """Return the manifest with paths that do not depend on the directory one works in."""
+    if adapter.files[0].etag is not None:
+        return adapter  # on the Hub
     files = (replace(file, path=str(Path(file.path).absolute())) for file in adapter.files)
     return replace(adapter, files=tuple(files))
 

@@ -23,7 +23,8 @@ from distributed import Worker, get_worker
 
 from streammerge.adapter import Adapter, TensorFile
 from streammerge.budget import CPU, Device, Grant, format_size, granted_by_machine
-from streammerge.errors import RecipeError, WorkerError
+from streammerge.errors import MergeFailedError, RecipeError, WorkerError
+from streammerge.hub import Ranges
 from streammerge.output.parts import make_part
 from streammerge.output.space import find_scratch
 from streammerge.output.writer import sync_file
@@ -112,17 +113,10 @@ def look(
         content: what is in it.
         scratch: directory for tiles.
     """
-    for file in files:
-        try:
-            status = Path(file.path).stat()
-        except OSError as error:
-            return f"does not see {file.path} ({error.strerror})"
-        if (status.st_size, status.st_mtime_ns, status.st_ino) != (
-            file.size,
-            file.mtime_ns,
-            file.inode,
-        ):
-            return f"sees another {file.path}"
+    problem = _look_at_hub([file for file in files if file.etag is not None])
+    problem = problem or _look_here([file for file in files if file.etag is None])
+    if problem is not None:
+        return problem
     directory = Path(probe).parent
     try:
         if Path(probe).read_bytes() != content:
@@ -136,6 +130,33 @@ def look(
         return f"cannot write to {directory} ({error.strerror}), where the output is made"
     except RecipeError as error:
         return str(error)
+    return None
+
+
+def _look_here(files: Sequence[TensorFile]) -> str | None:
+    for file in files:
+        try:
+            status = Path(file.path).stat()
+        except OSError as error:
+            return f"does not see {file.path} ({error.strerror})"
+        if (status.st_size, status.st_mtime_ns, status.st_ino) != (
+            file.size,
+            file.mtime_ns,
+            file.inode,
+        ):
+            return f"sees another {file.path}"
+    return None
+
+
+def _look_at_hub(files: Sequence[TensorFile]) -> str | None:
+    """Return what is wrong with the worker's view of the Hub: one file of each repository."""
+    ranges, first = Ranges(), {file.path.partition("@")[0]: file for file in files}
+    for repo, file in first.items():
+        try:
+            if ranges.open(file.path) != file:
+                return f"sees another {file.path}"
+        except MergeFailedError as error:
+            return f"cannot read {repo} on the Hub, with the token that it has: {error}"
     return None
 
 

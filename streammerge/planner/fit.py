@@ -17,6 +17,7 @@ from streammerge.planner.memory import (
     factor_bytes,
     joined_tile_bytes,
     project,
+    project_fetched,
     project_host,
     project_team,
     stack_bytes,
@@ -81,7 +82,7 @@ def fit(
     limits = Limits(budget, device, workers=workers)
     needs = [_least(draft, rule) for draft in drafts]
     worst = max(range(len(drafts)), key=needs.__getitem__)
-    hosts = [project_host(draft.shape) for draft in drafts] if limits.on_device else needs
+    hosts = [_host(draft, rule, limits) for draft in drafts]
     worst_host = max(range(len(drafts)), key=hosts.__getitem__)
     while limits.budget.threads > 1 and hosts[worst_host] > _host_room(limits):
         limits = replace(limits, budget=replace(limits.budget, threads=limits.budget.threads - 1))
@@ -92,6 +93,12 @@ def fit(
         smallest = hosts[worst_host] + limits.budget.reserved_bytes
         target = drafts[worst_host].group.target
         origin = f"{budget.origin}; {format_size(limits.budget.reserved_bytes)} for the process"
+        fetched = project_fetched(drafts[worst_host].shape)
+        if fetched:
+            origin += (
+                f"; {format_size(fetched)} of it for what is fetched from the Hub, which is held "
+                "while the target is merged: without --stream it is not"
+            )
         raise _refuse(target, hosts[worst_host], budget.allowed_bytes, smallest, origin)
     limits = replace(limits, whole=sum(arithmetic(d.course, rule, d.shape) for d in drafts))
     beside = sum(not _is_alone(draft, rule, limits) for draft in drafts)
@@ -100,6 +107,12 @@ def fit(
         # No thread is started that has nothing to do.
         limits = replace(limits, budget=replace(limits.budget, threads=together))
     return replace(limits, together=together)
+
+
+def _host(draft: Draft, rule: RuleSpec, limits: Limits) -> int:
+    """Return what a task holds at least of the process's own memory."""
+    held = project_host(draft.shape) if limits.on_device else _least(draft, rule)
+    return held + project_fetched(draft.shape)
 
 
 def _host_room(limits: Limits) -> int:
@@ -117,7 +130,7 @@ def _is_alone(draft: Draft, rule: RuleSpec, limits: Limits) -> bool:
     threads = limits.budget.threads
     if threads == 1:
         return False
-    host = project_host(draft.shape) if limits.on_device else 0
+    host = _host(draft, rule, limits)
     if _least(draft, rule) * threads > limits.room or host * threads > _host_room(limits):
         return True
     work = arithmetic(draft.course, rule, draft.shape)
@@ -146,7 +159,8 @@ def _team(draft: Draft, rule: RuleSpec, limits: Limits) -> int:
     One that is a good part of the work is shared, so that the others do not wait for the worker
     that has it; it must leave room for what travels between them.
     """
-    if limits.workers == 1 or draft.course.route not in ("krylov", "sum"):
+    if limits.workers == 1 or draft.course.route not in ("krylov", "sum") or draft.shape.fetched:
+        # What is fetched is held by one worker, and not fetched by each.
         return 1
     work = arithmetic(draft.course, rule, draft.shape)
     others = limits.workers * limits.budget.threads * ROUNDS
@@ -205,6 +219,7 @@ def plan_task(
     room = limits.room if alone else limits.room // limits.together
     team = _team(draft, rule, limits)
     travelling = project_team(shape, course) if team > 1 else 0
+    travelling += project_fetched(shape)
     if not limits.on_device:
         room -= travelling
     lanes = _lanes(draft, rule, limits, room, team) if alone else 1

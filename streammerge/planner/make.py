@@ -33,6 +33,7 @@ def make_plan(
     workers: int = 1,
     io: str = "mmap",
     scratch: str | None = None,
+    stream: bool = False,
 ) -> Plan:
     """Plan a merge from the manifests alone.
 
@@ -44,6 +45,7 @@ def make_plan(
         workers: processes that run tasks, each within the budget and with such a device.
         io: how inputs are read.
         scratch: directory for tiles that do not fit into memory.
+        stream: whether files on the Hub are read from there while the tasks run.
 
     Raises:
         RefusedError: a subclass of it says why the merge cannot be done.
@@ -57,7 +59,7 @@ def make_plan(
     check_range(adapters, sources, recipe.compute_dtype)
     check_shapes(adapters, alignment, equal_ranks=space.equal_ranks)
     dtype = output_dtype(adapters, alignment, recipe.dtype)
-    shapes = _shapes(adapters, alignment, recipe, space, dtype)
+    shapes = _shapes(adapters, alignment, recipe, space, dtype, stream=stream)
     drafts = [
         Draft(group, shape, choose_course(rule, space, shape))
         for group, shape in zip(alignment.groups, shapes, strict=True)
@@ -163,7 +165,13 @@ def output_dtype(adapters: Sequence[Adapter], alignment: Alignment, asked: str) 
 
 
 def _shapes(
-    adapters: Sequence[Adapter], alignment: Alignment, recipe: Recipe, space: SpaceSpec, dtype: str
+    adapters: Sequence[Adapter],
+    alignment: Alignment,
+    recipe: Recipe,
+    space: SpaceSpec,
+    dtype: str,
+    *,
+    stream: bool,
 ) -> Iterator[Shape]:
     """Yield the shape of every group's task."""
     m, n, rank = (gather(adapters, alignment, column) for column in ("m", "n", "rank"))
@@ -172,6 +180,8 @@ def _shapes(
         itemsize[gather(adapters, alignment, column)] for column in ("a_dtype", "b_dtype")
     )
     stored = rank * (n * a_item + m * b_item)
+    remote = np.array([stream and adapter.files[0].etag is not None for adapter in adapters])
+    fetched = stored * remote[alignment.adapter]
     asked = recipe.rank or int(rank.max())
     turned = np.array([adapter.dialect == MLX for adapter in adapters])[alignment.adapter]
     for group in alignment.groups:
@@ -187,6 +197,7 @@ def _shapes(
             stored_item=int(max(a_item[rows].max(), b_item[rows].max())),
             item=ITEM_BYTES[recipe.compute_dtype],
             out_item=ITEM_BYTES[dtype],
+            fetched=int(fetched[rows].sum()),
             turned=bool(turned[rows].any()),
         )
 

@@ -27,6 +27,9 @@ SLACK_BYTES = 8 * 1024**2
 LANE_BYTES = 2 * 1024**2
 """The same for each further lane, and the buffer that its thread reads into."""
 
+CONNECTIONS_BYTES = 8 * 1024**2
+"""Threads and buffers of the requests of one task."""
+
 PAGE_BYTES = 4096
 
 PINNED_BYTES = 4 * 1024**2
@@ -108,6 +111,12 @@ def project_host(shape: Shape) -> int:
     incoming = max(shape.ranks) * max(shape.m, shape.n) * (shape.stored_item + shape.item)
     picking = 2 * turned_bytes(shape)  # as it is stored, and in the order that it is sent in
     return incoming + picking + PINNED_SLOTS * PINNED_BYTES + _pair(shape) + SLACK_BYTES
+
+
+def project_fetched(shape: Shape) -> int:
+    """Return what a task holds of its sources that are fetched from the Hub, with what is on its
+    way."""
+    return shape.fetched + CONNECTIONS_BYTES if shape.fetched else 0
 
 
 def joined_tile_bytes(shape: Shape) -> int:

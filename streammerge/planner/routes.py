@@ -65,6 +65,8 @@ class Shape:
     """Bytes of a number in the compute dtype."""
     out_item: int
     """Bytes of a number in the output."""
+    fetched: int = 0
+    """Bytes of its sources that are fetched from the Hub and held while the task runs."""
     turned: bool = False
     """Whether a source's factors are stored transposed."""
 

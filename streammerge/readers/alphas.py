@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from streammerge.errors import CorruptFileError
 from streammerge.files import open_regular
+from streammerge.hub import Ranges, Span
 from streammerge.readers.pairs import Place
+from streammerge.readers.remote import refused_by_hub
 
 _CODES = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h"}
 
@@ -20,8 +22,11 @@ def read_alphas(places: Mapping[str, Place]) -> dict[str, float]:
     Raises:
         CorruptFileError: one holds no number that can be an alpha, or cannot be read.
     """
-    alphas = {}
+    alphas: dict[str, float] = {}
     for path, mine in _by_file(places).items():
+        if mine[0][1][0].file.etag is not None:
+            alphas |= _fetched(mine)
+            continue
         try:
             with open_regular(Path(path)) as stream:
                 for name, place in mine:
@@ -31,6 +36,19 @@ def read_alphas(places: Mapping[str, Place]) -> dict[str, float]:
         except OSError as error:
             raise CorruptFileError(f"cannot be read ({error.strerror})", path=path) from error
     return alphas
+
+
+def _fetched(places: Sequence[tuple[str, Place]]) -> dict[str, float]:
+    """Return the numbers in tensors of a file on the Hub."""
+    for _, place in places:
+        _check(place)
+    spans = [Span(header.file, entry.offset, entry.nbytes) for _, (header, _, entry) in places]
+    with refused_by_hub(spans[0].file.path):
+        blocks = Ranges().fetch(spans)
+    return {
+        name: _decoded(place, block.tobytes())
+        for (name, place), block in zip(places, blocks, strict=True)
+    }
 
 
 def _by_file(places: Mapping[str, Place]) -> dict[str, list[tuple[str, Place]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ MLX_WEIGHTS_NAME = "adapters.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 PICKLE_NAMES = (PICKLE_NAME, "pytorch_lora_weights.bin")
 
-_WITH_CONFIG = (WEIGHTS_NAME, PICKLE_NAME, MLX_WEIGHTS_NAME)
+WITH_CONFIG = (WEIGHTS_NAME, PICKLE_NAME, MLX_WEIGHTS_NAME)
 """Files that an adapter_config.json beside them speaks of, when they are named by themselves."""
 
 _SAVED_ON_THE_WAY = re.compile(r"\d+_adapters\.safetensors")
@@ -52,7 +53,7 @@ def find_files(path: str) -> Found:
         return _in_directory(place)
     if not there:
         raise MissingFileError("no such file or directory", path=path)
-    return Found(place.with_name(CONFIG_NAME), place.name in _WITH_CONFIG, weights=place)
+    return Found(place.with_name(CONFIG_NAME), place.name in WITH_CONFIG, weights=place)
 
 
 def _in_directory(directory: Path) -> Found:
@@ -83,6 +84,22 @@ def _only_weights(directory: Path) -> Path:
         raise MissingFileError(
             f"cannot be listed ({error.strerror})", path=str(directory)
         ) from error
+    found = only_weights(names, str(directory))
+    if found is not None:
+        return directory / found
+    nested = sorted(child.parent.name for child in directory.glob(f"*/{CONFIG_NAME}"))
+    hint = (
+        f"; did you mean {', '.join(str(directory / name) for name in nested)}?" if nested else ""
+    )
+    raise MissingFileError(f"there is no {WEIGHTS_NAME} in it{hint}", path=str(directory))
+
+
+def only_weights(names: Sequence[str], path: str) -> str | None:
+    """Return the one file of weights among a directory's, none of which has PEFT's name.
+
+    Raises:
+        CorruptFileError: there are several.
+    """
     found = [name for name in names if name.endswith(".safetensors")]
     if MLX_WEIGHTS_NAME in found:
         found = [name for name in found if not _SAVED_ON_THE_WAY.fullmatch(name)]
@@ -90,13 +107,6 @@ def _only_weights(directory: Path) -> Path:
     if len(found) > 1:
         shown = ", ".join(found[:4]) + (", …" if len(found) > 4 else "")
         raise CorruptFileError(
-            f"holds {len(found)} files of weights ({shown}); name the one that is meant",
-            path=str(directory),
+            f"holds {len(found)} files of weights ({shown}); name the one that is meant", path=path
         )
-    if found:
-        return directory / found[0]
-    nested = sorted(child.parent.name for child in directory.glob(f"*/{CONFIG_NAME}"))
-    hint = (
-        f"; did you mean {', '.join(str(directory / name) for name in nested)}?" if nested else ""
-    )
-    raise MissingFileError(f"there is no {WEIGHTS_NAME} in it{hint}", path=str(directory))
+    return found[0] if found else None

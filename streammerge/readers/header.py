@@ -108,7 +108,7 @@ def read_text(path: Path) -> HeaderText:
     try:
         with open_regular(path) as file:
             status = os.fstat(file.fileno())
-            length = _header_length(path, file.read(8), status.st_size)
+            length = header_length(path, file.read(8), status.st_size)
             text = file.read(length)
     except FileNotFoundError as error:
         raise MissingFileError("no such file", path=str(path)) from error
@@ -133,7 +133,8 @@ def parse_header(header: HeaderText) -> Header:
     return Header(header.file, metadata, entries)
 
 
-def _header_length(path: Path, head: bytes, size: int) -> int:
+def header_length(path: Path, head: bytes, size: int) -> int:
+    """Return the length of the text after a file's first 8 bytes; `path` is for messages."""
     if _LFS_MAGIC.startswith(head) and head:
         raise CorruptFileError(
             "is a git-lfs pointer, not the weights; run `git lfs pull` where it was cloned",

@@ -6,6 +6,7 @@ streammerge writes them and PEFT does not read them.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from streammerge.errors import CorruptFileError, shorten
@@ -22,11 +23,24 @@ MAX_SHARDS = 2**16 - 1
 def read_shards(index: Path) -> list[Header]:
     """Read the headers of all shards that an index names, and check that it tells the truth."""
     try:
-        weight_map = json.loads(read_whole(index, MAX_INDEX_BYTES))["weight_map"]
-        names = sorted(set(weight_map.values()))
-        plain = all(map(_is_plain, names))
+        text = read_whole(index, MAX_INDEX_BYTES)
     except OSError as error:
         raise CorruptFileError(f"cannot be read ({error.strerror})", path=str(index)) from error
+    weight_map = parse_index(index, text)
+    names = shard_names(weight_map)
+    for name in names:
+        check_inside(index.with_name(name))
+    headers = [read_header(index.with_name(name)) for name in names]
+    check_shards(index, weight_map, headers)
+    return headers
+
+
+def parse_index(index: Path, text: bytes) -> dict[str, str]:
+    """Return which file each tensor is in, as an index says; `index` is for messages."""
+    try:
+        weight_map: dict[str, str] = json.loads(text)["weight_map"]
+        names = shard_names(weight_map)
+        plain = all(map(_is_plain, names))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptFileError("is not a safetensors index", path=str(index)) from error
     if not plain or not names:
@@ -38,9 +52,17 @@ def read_shards(index: Path) -> list[Header]:
         raise CorruptFileError(
             f"names {len(names)} files; {MAX_SHARDS} are the limit", path=str(index)
         )
-    for name in names:
-        check_inside(index.with_name(name))
-    headers = [read_header(index.with_name(name)) for name in names]
+    return weight_map
+
+
+def shard_names(weight_map: Mapping[str, str]) -> list[str]:
+    """Return the files that an index names, sorted."""
+    return sorted(set(weight_map.values()))
+
+
+def check_shards(index: Path, weight_map: Mapping[str, str], headers: Sequence[Header]) -> None:
+    """Check that the shards, in the order of their names, hold what the index says."""
+    names = shard_names(weight_map)
     found = {
         entry.name: name for name, h in zip(names, headers, strict=True) for entry in h.entries
     }
@@ -51,7 +73,6 @@ def read_shards(index: Path) -> list[Header]:
                 path=str(index),
                 tensor=tensor if len(tensor) <= MAX_NAME else shorten(tensor),
             )
-    return headers
 
 
 def _is_plain(name: str) -> bool:

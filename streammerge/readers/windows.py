@@ -10,7 +10,7 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from streammerge.adapter import TensorFile
 from streammerge.errors import InputChangedError, InputUnreadableError
+from streammerge.hub import Span
 
 MAX_OPEN_FILES = 64
 
@@ -66,8 +67,10 @@ class OpenFiles:
             InputChangedError: one is not.
         """
         for file in files:
-            with self._lock:
-                self._find(file)
+            # What was read of a file on the Hub is held, and its commit says what it is.
+            if file.etag is None:
+                with self._lock:
+                    self._find(file)
 
     def _find(self, file: TensorFile) -> int:
         if file.path in self._open:
@@ -116,6 +119,27 @@ def pread(files: OpenFiles) -> Window:
         with files.descriptor(file) as descriptor:
             _fill(descriptor, file, memoryview(read.data), offset)
         return read
+
+    return window
+
+
+def held(spans: Sequence[Span], blocks: Sequence[Bytes], others: Window) -> Window:
+    """Return windows into bytes that are here already, and those of `others` for the rest.
+
+    Args:
+        spans: which bytes they are.
+        blocks: the bytes of each.
+        others: for files of which no span is here.
+    """
+    by_file: dict[str, list[tuple[int, Bytes]]] = {}
+    for span, block in zip(spans, blocks, strict=True):
+        by_file.setdefault(span.file.path, []).append((span.offset, block))
+
+    def window(file: TensorFile, offset: int, nbytes: int) -> Bytes:
+        for start, block in by_file.get(file.path, ()):
+            if start <= offset and offset + nbytes <= start + len(block):
+                return block[offset - start : offset - start + nbytes]
+        return others(file, offset, nbytes)
 
     return window
 

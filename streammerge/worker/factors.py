@@ -19,8 +19,9 @@ from streammerge.adapter import TORCH_NAMES, Factor, TensorFile
 from streammerge.budget import CPU
 from streammerge.draw import stream_key
 from streammerge.errors import NonFiniteError
+from streammerge.hub import Span
 from streammerge.plans import Task
-from streammerge.readers.windows import Bytes, Window
+from streammerge.readers.windows import Bytes, Window, held
 from streammerge.tiling import TILE_ELEMENTS, flat_tiles
 from streammerge.worker.job import Job
 from streammerge.worker.transfer import Transfer
@@ -251,7 +252,15 @@ def _view(window: npt.NDArray[np.uint8], dtype: torch.dtype) -> torch.Tensor:
 class TargetSources:
     """The factors that take part in one target, in the adapters' order."""
 
-    def __init__(self, job: Job, task: Task, device: torch.device, *, hashed: bool = True) -> None:
+    def __init__(
+        self,
+        job: Job,
+        task: Task,
+        device: torch.device,
+        window: Window,
+        *,
+        hashed: bool = True,
+    ) -> None:
         columns = job.plan.sources
         rows = range(task.first, task.last)
         self.positions = [int(columns.adapter[i]) for i in rows]
@@ -262,7 +271,7 @@ class TargetSources:
         self.a, self.b = (
             [
                 FactorReader(
-                    job.window,
+                    window,
                     job.adapters[p].factor(int(columns.row[i]), side),
                     job.dtype,
                     device,
@@ -312,3 +321,34 @@ class TargetSources:
             xxhash.xxh3_128_hexdigest(f"{target} {s!r} {a.checksum()} {b.checksum()}".encode())
             for s, a, b in zip(self.scalings, self.a, self.b, strict=True)
         )
+
+
+def task_window(job: Job, task: Task) -> Window:
+    """Return what reads a task's sources; those on the Hub are fetched, once, and held by it.
+
+    Factors that lie side by side in a file come in one request.
+
+    Raises:
+        TaskStoppedError: the run is over.
+        MergeFailedError: a subclass of it says what cannot be had.
+    """
+    columns, pieces = job.plan.sources, set()
+    for i in range(task.first, task.last):
+        adapter = job.adapters[int(columns.adapter[i])]
+        if adapter.files[0].etag is None:
+            continue
+        for side in "AB":
+            factor = adapter.factor(int(columns.row[i]), side)
+            nbytes = factor.elements * _STORED[factor.dtype].itemsize
+            pieces.add((factor.file, factor.offset, factor.offset + nbytes))
+    if not pieces:
+        return job.window
+    spans: list[Span] = []
+    for file, start, stop in sorted(pieces, key=lambda piece: (piece[0].path, *piece[1:])):
+        last = spans[-1] if spans else None
+        if last is not None and last.file == file and start <= last.offset + last.nbytes:
+            end = max(stop, last.offset + last.nbytes)
+            spans[-1] = Span(file, last.offset, end - last.offset)
+        else:
+            spans.append(Span(file, start, stop - start))
+    return held(spans, job.fetch(spans), job.window)

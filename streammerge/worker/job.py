@@ -16,6 +16,7 @@ import torch
 from streammerge.adapter import Adapter, TensorFile
 from streammerge.budget import AUTO, CPU, HEADROOM, Device, resident_bytes, round_process
 from streammerge.errors import RecipeError
+from streammerge.hub import Ranges, Span
 from streammerge.kernels.tiles import RuleOptions
 from streammerge.output.writer import RegionWriter
 from streammerge.plans import Plan, Region
@@ -68,6 +69,7 @@ class Job:
         self.starts = starts
         self.device = torch.device(plan.device)
         self.files = OpenFiles()
+        self._ranges = Ranges()
         self.stopped = threading.Event()
         """Set when the run is over for all: tasks end at their next tile."""
         self._deadline = deadline
@@ -86,7 +88,18 @@ class Job:
             TaskStoppedError: the run is over.
         """
         self.check()
+        if file.etag is not None:
+            return self.fetch([Span(file, offset, nbytes)])[0]
         return self._window(file, offset, nbytes)
+
+    def fetch(self, spans: Sequence[Span]) -> list[Bytes]:
+        """Return bytes of files on the Hub, read by ranges, several at once.
+
+        Raises:
+            TaskStoppedError: the run is over.
+            MergeFailedError: they cannot be had, or are others than those that were planned with.
+        """
+        return self._ranges.fetch(spans, self.check)
 
     def check(self) -> None:
         """Go on only while the run does.

@@ -39,7 +39,7 @@ class Member:
         """Make it; nothing is read before it is asked for."""
         self.job = job
         # The leader hashes what it reads, once for all.
-        sources = TargetSources(job, task, job.device, hashed=False)
+        sources = TargetSources(job, task, job.device, job.window, hashed=False)
         self._work = Work(job, task, sources, job.device, map)
 
     def work_on(self, errand: Errand, args: Sequence[Any], each: Each) -> Iterator[Any]:

@@ -16,7 +16,8 @@ import torch
 from streammerge.errors import ComputeOverflowError, MemoryExhaustedError
 from streammerge.kernels.each import Each
 from streammerge.plans import Task
-from streammerge.worker.factors import LINALG_ERROR, TargetSources
+from streammerge.readers.windows import Window
+from streammerge.worker.factors import LINALG_ERROR, TargetSources, task_window
 from streammerge.worker.job import Job
 from streammerge.worker.receipt import Receipt
 from streammerge.worker.routes import merge_target
@@ -47,10 +48,12 @@ def run_task(job: Job, task: Task, each: Each = map, team: Team | None = None) -
     # The number of threads belongs to the calling thread; executors call from their own.
     if torch.get_num_threads() != 1:
         torch.set_num_threads(1)
+    window = task_window(job, task)
     for device, attempt in _attempts(job.device, task):
         try:
             first = attempt is task
-            receipt = _run_on(device, job, attempt, each if first else map, team if first else None)
+            work = each if first else map
+            receipt = _run_on(device, job, attempt, window, each=work, team=team if first else None)
         except torch.OutOfMemoryError as error:
             failure = error
             if team is not None:
@@ -80,8 +83,10 @@ def _attempts(device: torch.device, task: Task) -> Iterator[tuple[torch.device, 
         yield _CPU, lean
 
 
-def _run_on(device: torch.device, job: Job, task: Task, each: Each, team: Team | None) -> Receipt:
-    sources = TargetSources(job, task, device)
+def _run_on(
+    device: torch.device, job: Job, task: Task, window: Window, *, each: Each, team: Team | None
+) -> Receipt:
+    sources = TargetSources(job, task, device, window)
     work = Work(job, task, sources, device, watched(job, each), team)
     with (
         torch.inference_mode(),
