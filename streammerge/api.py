@@ -180,7 +180,9 @@ def merge(
         dtype: of the output: "float32", "float16", "bfloat16", "float64", or "auto" for the
             widest of the inputs.
         compute_dtype: "float32" or "float64".
-        extras: "error" or "drop": tensors that are not LoRA factors.
+        extras: what to do about tensors that are not LoRA factors, such as heads and biases:
+            "error" refuses them, "drop" leaves them out, "first" takes each module's from the first
+            adapter that has it, "mean" averages them by the weights.
         scaling: "config", "tensor" or a number, where a config does not explain a tensor's rank.
         include: merge only targets in whose name this regular expression is found.
         exclude: leave out targets in whose name it is found.

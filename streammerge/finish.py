@@ -14,7 +14,7 @@ from streammerge.ledger import Ledger
 from streammerge.output.record import write_config, write_record
 from streammerge.output.writer import RegionReader, sync_file
 from streammerge.planner.scaling import scalings
-from streammerge.plans import Plan, Task
+from streammerge.plans import ExtraModule, Plan, Task
 from streammerge.readers import read_adapter
 from streammerge.worker import Receipt
 
@@ -73,7 +73,11 @@ def finish(
         MergeFailedError: the output as a whole does not.
     """
     receipts = ledger.receipts
-    modules = tuple(map(_report, planned.tasks, receipts))
+    modules = tuple(
+        _report(task, receipt)
+        for task, receipt in zip(planned.tasks, receipts, strict=True)
+        if not task.is_extra
+    )
     for file in planned.files:
         check()
         sync_file(directory / file.name)
@@ -84,12 +88,24 @@ def finish(
         "fingerprint": fingerprint,
         "inputs": list(map(_input, manifests, ledger.inputs)),
         "modules": {report.target: _facts(report) for report in modules},
+        "extras": [_told(planned, module) for module in planned.extras],
     }
     write_record(directory, planned, facts, tensors)
     written = read_adapter(str(directory), NameTable())
-    if len(written) != len(planned.tasks) or not (scalings(written, None) == 1.0).all():
+    counts = len(written), len(written.extra_columns)
+    targets = len(modules)
+    if (
+        counts != (targets, len(planned.tasks) - targets)
+        or not (scalings(written, None) == 1.0).all()
+    ):
         raise MergeFailedError(f"{directory}: what was written does not read back as planned")
     return modules
+
+
+def _told(planned: Plan, module: ExtraModule) -> dict[str, Any]:
+    """Return what became of a module's tensors that are not LoRA factors."""
+    paths = planned.recipe["adapters"]
+    return {**asdict(module), "adapters": [paths[position] for position in module.adapters]}
 
 
 def _read_back(

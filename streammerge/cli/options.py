@@ -73,8 +73,9 @@ _OPTIONS = (
         "--extras",
         default="error",
         show_default=True,
-        metavar="error|drop",
-        help="What to do about tensors that are not LoRA factors (heads, biases).",
+        metavar="error|drop|first|mean",
+        help="What to do about tensors that are not LoRA factors (heads, biases): refuse them, "
+        "leave them out, take the first adapter's, or average them by the weights.",
     ),
     click.option(
         "--scaling", type=Scaling(), help="Where a config does not explain a tensor's rank."

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streammerge.adapter import Adapter
-from streammerge.errors import ExtraTensorsError, IncompatibleError, RecipeError
+from streammerge.errors import IncompatibleError, RecipeError
 from streammerge.planner.align import Alignment
 from streammerge.recipe import Recipe
 
@@ -30,23 +30,6 @@ def check_range(
                 f"{recipe.compute_dtype}",
                 option="weights",
             )
-
-
-def check_extras(adapters: Sequence[Adapter], policy: str) -> list[str]:
-    notices = []
-    for adapter in adapters:
-        if not adapter.extras:
-            continue
-        shown = ", ".join(adapter.extras[:4]) + (", …" if len(adapter.extras) > 4 else "")
-        if policy == "error":
-            raise ExtraTensorsError(
-                f"holds {len(adapter.extras)} tensors that are not LoRA factors ({shown}), such "
-                "as a trained head or biases; choose --extras drop to leave them out of the output",
-                path=adapter.path,
-                names=adapter.extras,
-            )
-        notices.append(f"{adapter.path}: {len(adapter.extras)} extra tensors dropped ({shown})")
-    return notices
 
 
 def check_bases(adapters: Sequence[Adapter], recipe: Recipe) -> list[str]:

@@ -13,7 +13,9 @@ from streammerge.budget import ON_CPU, Budget, Device
 from streammerge.catalog import METHODS, RULES, SPACES, RuleSpec, SpaceSpec
 from streammerge.errors import RecipeError
 from streammerge.planner.align import Alignment, align, check_shapes, gather
-from streammerge.planner.checks import check_bases, check_extras, check_range, partial_targets
+from streammerge.planner.checks import check_bases, check_range, partial_targets
+from streammerge.planner.extra_terms import ExtraTensor, Terms
+from streammerge.planner.extras import check_extras, extra_drafts, plan_extras
 from streammerge.planner.fit import Draft, fit, plan_task
 from streammerge.planner.layout import Pair, lay_out
 from streammerge.planner.output_config import output_config
@@ -48,7 +50,8 @@ def make_plan(
         RefusedError: a subclass of it says why the merge cannot be done.
     """
     rule, space = resolve_method(recipe)
-    notices = [*check_extras(adapters, recipe.extras), *check_bases(adapters, recipe)]
+    check_extras(adapters, recipe.extras)
+    notices = check_bases(adapters, recipe)
     scaling = [scalings(adapter, recipe.scaling) for adapter in adapters]
     check_range(adapters, recipe, scaling)
     alignment = align(adapters, recipe.include, recipe.exclude)
@@ -61,7 +64,11 @@ def make_plan(
         for group, shape in zip(alignment.groups, shapes, strict=True)
     ]
     pairs = [_pair(adapters, alignment, draft, stored) for draft in drafts]
-    files, regions = lay_out([pair.tensors for pair in pairs], recipe.max_shard_bytes)
+    targets = {pair.target: (pair.kind, pair.m) for pair in pairs}
+    extra = plan_extras(adapters, Terms(recipe, rule, space, stored, targets, scaling))
+    drafts += extra_drafts(adapters, extra.tensors, len(alignment.row), recipe.compute_dtype)
+    units = [*(pair.tensors for pair in pairs), *((one.tensor,) for one in extra.tensors)]
+    files, regions = lay_out(units, recipe.max_shard_bytes)
     limits = fit(drafts, rule, budget, device, workers)
     tasks = tuple(
         plan_task(draft, rule, limits, scratch, places)
@@ -70,6 +77,7 @@ def make_plan(
     config, settled = output_config(
         adapters,
         {pair.target: pair.rank for pair in pairs},
+        extra.config,
         selected=recipe.include is not None or recipe.exclude is not None,
     )
     return Plan(
@@ -78,7 +86,7 @@ def make_plan(
         space=space.name,
         dtype=dtype,
         tasks=tasks,
-        sources=_sources(alignment, scaling),
+        sources=_sources(alignment, scaling, extra.tensors),
         files=files,
         config=config,
         allowed_bytes=limits.budget.allowed_bytes,
@@ -89,7 +97,8 @@ def make_plan(
         device_allowed_bytes=device.allowed_bytes,
         io=io,
         scratch=scratch,
-        notices=(*notices, *settled, *partial_targets(adapters, alignment)),
+        extras=extra.modules,
+        notices=(*extra.notices, *notices, *settled, *partial_targets(adapters, alignment)),
     )
 
 
@@ -191,7 +200,17 @@ def _pair(adapters: Sequence[Adapter], alignment: Alignment, draft: Draft, dtype
     return Pair(draft.group.target, kind, draft.shape.rank, draft.shape.m, inner, dtype)
 
 
-def _sources(alignment: Alignment, scaling: Sequence[npt.NDArray[np.float64]]) -> Sources:
+def _sources(
+    alignment: Alignment,
+    scaling: Sequence[npt.NDArray[np.float64]],
+    extra: Sequence[ExtraTensor],
+) -> Sources:
     starts = np.cumsum([0] + [len(s) for s in scaling[:-1]])
     values = np.concatenate(scaling)[starts[alignment.adapter] + alignment.row]
-    return Sources(alignment.adapter, alignment.row, values)
+    holders = [holder for one in extra for holder in one.holders]
+    more = [factor for one in extra for factor in one.scalings]
+    return Sources(
+        np.r_[alignment.adapter, np.array([h.position for h in holders], np.int32)],
+        np.r_[alignment.row, np.array([h.row for h in holders], np.int32)],
+        np.r_[values, np.array(more, np.float64)],
+    )

@@ -27,12 +27,14 @@ def take_part(
         The part, and by position the manifests of the rows that it needs.
     """
     rows = np.concatenate([np.arange(task.first, task.last) for task in tasks])
+    extra = np.repeat([task.is_extra for task in tasks], [task.last - task.first for task in tasks])
     positions, old_rows = plan.sources.adapter[rows], plan.sources.row[rows]
     new_rows, table, taken = np.empty_like(old_rows), NameTable(), {}
     for position in np.unique(positions).tolist():
-        mine = np.flatnonzero(positions == position)
-        new_rows[mine] = np.arange(len(mine))
-        taken[position] = adapters[position].take(old_rows[mine], table)
+        mine = [np.flatnonzero((positions == position) & (extra == kind)) for kind in (False, True)]
+        for places in mine:
+            new_rows[places] = np.arange(len(places))
+        taken[position] = adapters[position].take(old_rows[mine[0]], old_rows[mine[1]], table)
     moved, first, offset = [], 0, 0
     for task in tasks:
         last, regions = first + task.last - task.first, []
@@ -47,6 +49,7 @@ def take_part(
         sources=Sources(positions, new_rows, plan.sources.scaling[rows]),
         files=(OutputFile("part", offset),),
         config={},
+        extras=(),
         notices=(),
     )
     return part, taken

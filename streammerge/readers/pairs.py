@@ -34,17 +34,17 @@ class Factors:
     b: Place | None = None
 
 
-def pair_up(places: list[Place]) -> tuple[dict[str, Factors], list[str]]:
-    """Sort tensors into the factors of each target, and the names of the rest."""
+def pair_up(places: list[Place]) -> tuple[dict[str, Factors], list[Place]]:
+    """Sort tensors into the factors of each target, and the rest."""
     pairs: dict[str, Factors] = {}
-    extras: list[str] = []
+    extras: list[Place] = []
     for place in places:
         name = place[2].name
         match = _KEY.fullmatch(name)
         if match is None or ".base_layer" in name:
             _refuse_variant_tensor(place)
         if match is None:
-            extras.append(name)
+            extras.append(place)
             continue
         prefix, target, factor = match.groups()
         pair = pairs.get(target) or pairs.setdefault(target, Factors(prefix))

@@ -28,6 +28,7 @@ from streammerge.adapter import (
     Adapter,
     AdapterConfig,
     Columns,
+    ExtraColumns,
     NameTable,
 )
 from streammerge.errors import (
@@ -65,7 +66,7 @@ class _Content:
 
     columns: Columns
     prefixes: tuple[str, ...]
-    extras: tuple[str, ...]
+    extras: ExtraColumns
 
 
 def read_adapters(paths: Sequence[str], table: NameTable) -> list[Adapter]:
@@ -137,7 +138,11 @@ def _content(
         _refuse_without_factors(directory, [entry.name for _, _, entry in places])
     prefixes = tuple(sorted({pair.prefix for pair in pairs.values()}))
     columns = Columns.of_rows(_rows(directory, pairs, prefixes, config, table))
-    return _Content(columns, prefixes, tuple(sorted(extras)))
+    rows = (
+        (table.add(entry.name), file, entry.offset, entry.nbytes, entry.dtype, entry.shape)
+        for _, file, entry in sorted(extras, key=lambda place: place[2].name)
+    )
+    return _Content(columns, prefixes, ExtraColumns.of_rows(rows))
 
 
 def _adapter(
@@ -154,7 +159,7 @@ def _adapter(
         table=table,
         columns=content.columns,
         prefixes=content.prefixes,
-        extras=content.extras,
+        extra_columns=content.extras,
     )
 
 

@@ -27,9 +27,10 @@ from streammerge.worker.transfer import Transfer
 LINALG_ERROR: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 """What LAPACK's refusals are raised as."""
 
-_STORED: dict[str, torch.dtype] = {
+STORED: dict[str, torch.dtype] = {
     stored: getattr(torch, name) for stored, name in TORCH_NAMES.items()
 }
+"""The dtypes of numbers that are computed with, as safetensors and as torch spells them."""
 
 
 class FactorReader:
@@ -62,7 +63,7 @@ class FactorReader:
         self._device = device
         self._transfer = transfer
         self._unchecked: torch.Tensor | None = None
-        self._stored = _STORED[factor.dtype]
+        self._stored = STORED[factor.dtype]
         self._hash = xxhash.xxh3_128()
         self._hashed = 0
         self._lock = threading.Lock()
@@ -149,13 +150,13 @@ class FactorReader:
         tiles are asked for in another order, what was passed over is read for the hash alone.
         """
         if not self._hashing or self._hashed >= stop:
-            return _view(self._read(start, stop), self._stored)
+            return view(self._read(start, stop), self._stored)
         with self._lock:
             self._hash_until(start)
             window = self._read(start, stop)
             self._hash.update(window[(self._hashed - start) * self._stored.itemsize :].data)
             self._hashed = max(self._hashed, stop)
-        return _view(window, self._stored)
+        return view(window, self._stored)
 
     def _hash_until(self, end: int) -> None:
         while self._hashed < end:
@@ -175,7 +176,7 @@ class FactorReader:
             raise NonFiniteError(path=self.factor.file.path, tensor=self.factor.key, value=value)
 
 
-def _view(window: npt.NDArray[np.uint8], dtype: torch.dtype) -> torch.Tensor:
+def view(window: npt.NDArray[np.uint8], dtype: torch.dtype) -> torch.Tensor:
     """Return stored bytes as a tensor without a copy; it must not be written to.
 
     The one door for read-only maps: torch warns of any buffer that is not writable, and has no

@@ -16,6 +16,7 @@ import torch
 from streammerge.errors import ComputeOverflowError, MemoryExhaustedError
 from streammerge.kernels.each import Each
 from streammerge.plans import Task
+from streammerge.worker.extras import write_extra
 from streammerge.worker.factors import LINALG_ERROR, TargetSources
 from streammerge.worker.job import Job
 from streammerge.worker.receipt import Receipt
@@ -49,6 +50,8 @@ def run_task(job: Job, task: Task, each: Each = map, team: Team | None = None) -
         torch.set_num_threads(1)
     for device, attempt in _attempts(job.device, task):
         try:
+            if task.is_extra:
+                return replace(write_extra(job, task), seconds=time.perf_counter() - began)
             first = attempt is task
             receipt = _run_on(device, job, attempt, each if first else map, team if first else None)
         except torch.OutOfMemoryError as error:
