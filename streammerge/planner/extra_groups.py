@@ -166,11 +166,12 @@ def _check_tokens(found: Extras) -> None:
     whole = {group.module for group in found.groups if group.kind != TOKENS}
     for group in found.groups:
         if group.kind == TOKENS and group.module in whole:
+            paths = tuple(found.adapters[position].path for position in group.positions)
             raise IncompatibleError(
-                f"{group.module} is trained as a whole in some adapters and token by token in "
-                "others; no adapter can hold both. Choose --extras drop",
+                f"{group.module} is trained token by token in {paths[0]}, and as a whole in "
+                "another adapter; no adapter can hold both. Choose --extras drop",
                 target=group.module,
-                paths=tuple(found.adapters[position].path for position in group.positions),
+                paths=paths,
             )
 
 

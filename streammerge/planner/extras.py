@@ -267,7 +267,10 @@ def _averaged(found: Extras, terms: Terms, holders: Sequence[Holder]) -> ExtraTe
             target=holders[0].name.path,
             paths=paths,
         )
-    dtype = terms.dtype if terms.recipe.dtype != "auto" else _widest(present)
+    auto = terms.recipe.dtype == "auto"
+    if auto and len(holders) == 1:
+        return _copied(found, holders)
+    dtype = _widest(present) if auto else terms.dtype
     return ExtraTensor(
         OutputTensor(_name(found, holders[0]), extras[0].shape, dtype),
         "mean",
