@@ -16,7 +16,7 @@ from streammerge.errors import NonFiniteError, UnlikeExtrasError
 from streammerge.output.writer import RegionWriter
 from streammerge.plans import Region, Task
 from streammerge.readers.windows import Bytes
-from streammerge.tiling import flat_tiles
+from streammerge.tiling import flat_tiles, longest
 from streammerge.worker.encode import bytes_of, cast_to
 from streammerge.worker.factors import STORED, FactorReader, view
 from streammerge.worker.job import Job
@@ -49,8 +49,11 @@ def write_extra(job: Job, task: Task) -> Receipt:
             weights = [float(job.plan.recipe["weights"][p]) for p in positions]
             readers = [_reader(job, extra) for extra in extras]
             products = [w * s for w, s in zip(weights, scalings, strict=True)]
-            mean = task.route == "mean"
-            tile = _mean(readers, products) if mean else _sum(readers, products, job.dtype)
+            size = longest(flat_tiles(task.regions[0].elements))
+            if task.route == "mean":
+                tile = _mean(readers, products, size)
+            else:
+                tile = _sum(readers, products, size, job.dtype)
             _write(job, task.regions[0], tile, writer)
             checksums = [reader.checksum() for reader in readers]
         # Before anything is said of what was made of them.
@@ -75,30 +78,36 @@ def _write(job: Job, region: Region, tile: Tile, writer: RegionWriter) -> None:
         writer.append(bytes_of(values))
 
 
-def _mean(readers: Sequence[FactorReader], weights: Sequence[float]) -> Tile:
+def _mean(readers: Sequence[FactorReader], weights: Sequence[float], size: int) -> Tile:
     """Return the weighted mean: the first source's values, and how far the others lie from them.
 
-    So of equal values it is that value, to the bit.
+    So of equal values it is that value, to the bit. A tile holds until the next one.
     """
     whole = math.fsum(weights)
+    # Made once: what comes and goes splinters the heap.
+    values, changes, incoming = (readers[0].new_buffer(size) for _ in range(3))
 
     def tile(start: int, stop: int) -> torch.Tensor:
-        first = readers[0].elements(start, stop)
-        moved = torch.zeros_like(first)
+        first = readers[0].elements(start, stop, out=values)
+        moved = changes[: stop - start].zero_()
         for reader, weight in zip(readers[1:], weights[1:], strict=True):
-            moved.add_(reader.elements(start, stop).sub_(first), alpha=weight / whole)
+            other = reader.elements(start, stop, out=incoming)
+            moved.add_(other.sub_(first), alpha=weight / whole)
         return first.add_(moved)
 
     return tile
 
 
-def _sum(readers: Sequence[FactorReader], factors: Sequence[float], dtype: torch.dtype) -> Tile:
-    """Return the weighted sum; of nothing it is zeros."""
+def _sum(
+    readers: Sequence[FactorReader], factors: Sequence[float], size: int, dtype: torch.dtype
+) -> Tile:
+    """Return the weighted sum; of nothing it is zeros. A tile holds until the next one."""
+    sums, incoming = (torch.empty(size, dtype=dtype) for _ in range(2))
 
     def tile(start: int, stop: int) -> torch.Tensor:
-        total = torch.zeros(stop - start, dtype=dtype)
+        total = sums[: stop - start].zero_()
         for reader, factor in zip(readers, factors, strict=True):
-            total.add_(reader.elements(start, stop), alpha=factor)
+            total.add_(reader.elements(start, stop, out=incoming), alpha=factor)
         return total
 
     return tile
