@@ -156,10 +156,10 @@ def _plan_it(adapter: Adapter, place: Path, random: Random) -> str:
     count = random.choice((1, 2))
     recipe = Recipe(
         adapters=(str(place),) * count,
-        weights=(1.0, -0.5)[:count],
+        weights=(1.0, random.choice((-0.5, 0.5)))[:count],
         method=method,
         density=0.3 if RULES[METHODS[method].rule].needs_density else None,
-        extras=random.choice(("drop", "drop", "error")),
+        extras=random.choice(("drop", "drop", "first", "mean", "error")),
         scaling=random.choice((None, 1.0, 1.0, "config", "tensor")),
         max_shard_bytes=random.choice((None, None, 100)),
         strict_base=random.random() < 0.5,
