@@ -14,7 +14,7 @@ from streammerge.ledger import Ledger
 from streammerge.output.record import write_config, write_record
 from streammerge.output.writer import RegionReader, sync_file
 from streammerge.planner.scaling import scalings
-from streammerge.plans import ExtraModule, Plan, Task
+from streammerge.plans import Plan, Task
 from streammerge.readers import read_adapter
 from streammerge.worker import Receipt
 
@@ -88,7 +88,7 @@ def finish(
         "fingerprint": fingerprint,
         "inputs": list(map(_input, manifests, ledger.inputs)),
         "modules": {report.target: _facts(report) for report in modules},
-        "extras": [_told(planned, module) for module in planned.extras],
+        "extras": [asdict(module) for module in planned.extras],
     }
     write_record(directory, planned, facts, tensors)
     written = read_adapter(str(directory), NameTable())
@@ -100,12 +100,6 @@ def finish(
     ):
         raise MergeFailedError(f"{directory}: what was written does not read back as planned")
     return modules
-
-
-def _told(planned: Plan, module: ExtraModule) -> dict[str, Any]:
-    """Return what became of a module's tensors that are not LoRA factors."""
-    paths = planned.recipe["adapters"]
-    return {**asdict(module), "adapters": [paths[position] for position in module.adapters]}
 
 
 def _read_back(

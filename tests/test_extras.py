@@ -103,8 +103,8 @@ def test_weight_and_bias_of_a_module_come_from_one_adapter(prefix: str, tmp_path
     assert merge(sources, tmp_path / "out", "first") == whole | other
     record = json.loads((tmp_path / "out" / "streammerge.json").read_text())
     assert [(m["module"], m["kind"], m["done"], m["adapters"]) for m in record["extras"]] == [
-        ("classifier", "trained module", "first", [str(sources[1])]),
-        ("score", "trained module", "first", [str(sources[2])]),
+        ("classifier", "trained module", "first", [1]),
+        ("score", "trained module", "first", [2]),
     ]
     assert [i["targets_used"] for i in record["inputs"]] == [2, 2, 2]
     assert record["modules"].keys() == LAYERS.keys()

@@ -20,6 +20,7 @@ from streammerge.planner.extra_names import (
     TOKEN_ADAPTER,
     TOKENS,
     grouped_by_kind,
+    read_name,
 )
 from streammerge.planner.extra_terms import ExtraTensor, Terms
 from streammerge.planner.fit import Draft
@@ -141,14 +142,22 @@ def _item(dtype: str) -> int:
 
 
 def _drop(adapters: Sequence[Adapter]) -> ExtraPlan:
-    modules, notices = [], []
+    held: dict[int, list[int]] = {}
     for position, adapter in enumerate(adapters):
-        names = adapter.extras
-        if names:
-            shown = grouped_by_kind(names)
-            notices.append(f"{adapter.path}: {len(names)} extra tensors dropped: {shown}")
-            modules.append(ExtraModule(adapter.path, "all", "drop", (position,), names))
-    return ExtraPlan(modules=tuple(modules), notices=tuple(notices))
+        for number in adapter.extra_columns.name.tolist():
+            held.setdefault(number, []).append(position)
+    names = {adapters[0].table.names[number]: tuple(found) for number, found in held.items()}
+    count = sum(bool(len(adapter.extra_columns)) for adapter in adapters)
+    return ExtraPlan(
+        modules=tuple(
+            ExtraModule(name, read_name(name).kind, "drop", names[name], (name,))
+            for name in sorted(names)
+        ),
+        notices=(
+            f"{len(names)} extra tensors dropped from {count} of {len(adapters)} adapters: "
+            + grouped_by_kind(sorted(names)),
+        ),
+    )
 
 
 def _first(found: Extras, group: Group) -> tuple[list[list[Holder]], list[str]]:
