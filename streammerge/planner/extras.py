@@ -74,38 +74,37 @@ def plan_extras(adapters: Sequence[Adapter], terms: Terms) -> ExtraPlan:
     modules: list[ExtraModule] = []
     notices: list[str] = []
     for group in found.groups:
-        if policy == "first":
-            chosen, notice = _first(found, group)
-            made = [_copied(found, holders[:1]) for holders in chosen]
-            notices += notice
-        else:
-            made = [_averaged(found, terms, holders) for holders in _weighted(found, terms, group)]
+        made, told = _take(found, terms, group)
         tensors += made
-        positions = sorted({holder.position for one in made for holder in one.holders})
-        names = tuple(one.tensor.name for one in made)
-        modules.append(ExtraModule(group.module, group.kind, policy, tuple(positions), names))
+        notices += told
+        modules.append(_module(group.module, group.kind, policy, made))
     taken = {module.module: module.adapters for module in modules}
-    biases = lora_biases(found, terms)
-    modules += [
-        ExtraModule(
-            one.tensor.name.removeprefix(PREFIX).removesuffix(".lora_B.bias"),
-            LORA_BIAS,
-            "sum",
-            tuple(holder.position for holder in one.holders),
-            (one.tensor.name,),
-        )
-        for one in biases
-    ]
+    for target, bias in lora_biases(found, terms).items():
+        tensors.append(bias)
+        modules.append(_module(target, LORA_BIAS, "sum", [bias]))
     modules += [
         ExtraModule(name, COPY, "drop", tuple(positions), (name,))
         for name, positions in sorted(found.copies.items())
     ]
     return ExtraPlan(
-        tensors=(*tensors, *biases),
+        tensors=tuple(tensors),
         modules=tuple(modules),
-        config=head_config(found, taken, lora_bias=bool(biases)),
+        config=head_config(found, taken, lora_bias=any(one.route == "bias" for one in tensors)),
         notices=(_summary(adapters, modules), *notices),
     )
+
+
+def _take(found: Extras, terms: Terms, group: Group) -> tuple[list[ExtraTensor], list[str]]:
+    """Return a group's tensors by the recipe's policy, and notices."""
+    if terms.recipe.extras == "first":
+        chosen, notices = _first(found, group)
+        return [_copied(found, holders) for holders in chosen], notices
+    return [_averaged(found, terms, holders) for holders in _weighted(found, terms, group)], []
+
+
+def _module(module: str, kind: str, done: str, made: Sequence[ExtraTensor]) -> ExtraModule:
+    positions = sorted({holder.position for one in made for holder in one.holders})
+    return ExtraModule(module, kind, done, tuple(positions), tuple(one.tensor.name for one in made))
 
 
 def extra_drafts(

@@ -14,8 +14,8 @@ Rows = Mapping[int, Mapping[str, int]]
 """By adapter and target, the row of its columns."""
 
 
-def lora_biases(found: Extras, terms: Terms) -> list[ExtraTensor]:
-    """Return the bias of every target's delta, where any adapter has one.
+def lora_biases(found: Extras, terms: Terms) -> dict[str, ExtraTensor]:
+    """Return the bias of every target's delta by its path, where any adapter has one.
 
     PEFT gives a bias to all targets or to none, so those that no adapter has are zeros.
 
@@ -32,8 +32,8 @@ def lora_biases(found: Extras, terms: Terms) -> list[ExtraTensor]:
                 _check_sense(found, terms, holder)
     held = {target: h for target, h in found.biases.items() if target in terms.targets}
     if not held:
-        return []
-    return [_bias(terms, t, held.get(t, {}), rows) for t in sorted(terms.targets)]
+        return {}
+    return {t: _bias(terms, t, held.get(t, {}), rows) for t in sorted(terms.targets)}
 
 
 def _rows(found: Extras, position: int) -> dict[str, int]:
