@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +32,36 @@ LINEAR, EMBEDDING, CONV = 0, 1, 2
 DTYPES = ("F64", "F32", "F16", "BF16")
 """The dtypes that factors may have, as safetensors spells them; columns hold the index."""
 
+DTYPE_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
+"""Every dtype of the format, and the bits of a number; extra tensors may have any of them."""
+
+ALL_DTYPES = tuple(DTYPE_BITS)
+
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The same dtypes as torch spells them, which is how options and plans do."""
+
+STORED_NAMES = {ours: theirs for theirs, ours in TORCH_NAMES.items()}
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -164,6 +192,53 @@ _COLUMN_DTYPES: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
+class ExtraColumns:
+    """One row for each tensor that is not a LoRA factor: where it lies."""
+
+    name: npt.NDArray[np.int32]
+    """Its full name's number in the table."""
+    file: npt.NDArray[np.uint16]
+    offset: npt.NDArray[np.int64]
+    nbytes: npt.NDArray[np.int64]
+    dtype: npt.NDArray[np.uint8]
+    """Its dtype's place among all of the format."""
+    shape: npt.NDArray[np.int32]
+    """Its shape's place in `shapes`."""
+    shapes: tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def of_rows(cls, rows: Iterable[tuple[int, int, int, int, str, tuple[int, ...]]]) -> Self:
+        """Return the columns of `rows`, whose fields are in the order of the class."""
+        shapes: dict[tuple[int, ...], int] = {}
+        codes = {dtype: code for code, dtype in enumerate(DTYPE_BITS)}
+        numbers = [
+            (*place, codes[dtype], shapes.setdefault(shape, len(shapes)))
+            for *place, dtype, shape in rows
+        ]
+        columns = np.array(numbers, np.int64).reshape(-1, len(_EXTRA_DTYPES)).T
+        arrays = {
+            name: column.astype(dtype)
+            for (name, dtype), column in zip(_EXTRA_DTYPES.items(), columns, strict=True)
+        }
+        return cls(**arrays, shapes=tuple(shapes))
+
+    def __len__(self) -> int:
+        return len(self.name)
+
+
+_EXTRA_DTYPES: dict[str, Any] = {
+    "name": np.int32,
+    "file": np.uint16,
+    "offset": np.int64,
+    "nbytes": np.int64,
+    "dtype": np.uint8,
+    "shape": np.int32,
+}
+
+NO_EXTRAS = ExtraColumns.of_rows(())
+
+
+@dataclass(frozen=True)
 class TensorFile:
     """One file of an adapter, as it was when its header was read."""
 
@@ -204,6 +279,18 @@ class Factor:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True)
+class Extra:
+    """Where a tensor lies that is no factor: a view of one row of the columns."""
+
+    file: TensorFile
+    key: str
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True, repr=False)
 class Adapter:
     """One adapter on disk, as its config and headers say; it holds no tensor's data.
@@ -223,8 +310,6 @@ class Adapter:
     """Where each target's factors lie; arrays of one length, a row for each target."""
     prefixes: tuple[str, ...] = (PREFIX,)
     """What stands before the modules' paths in the files."""
-    extras: tuple[str, ...] = ()
-    """Tensors in the files that are not LoRA factors."""
     dialect: Dialect = PEFT
     """Whose names and layout its tensors have."""
     keys: tuple[tuple[str, str], ...] | None = None
@@ -234,32 +319,61 @@ class Adapter:
     """What was settled when it was read, and somebody may want to know."""
     origin: Origin | None = None
     """None of an adapter on this machine."""
+    extra_columns: ExtraColumns = NO_EXTRAS
+    """Where each tensor lies that is no LoRA factor."""
 
     def __len__(self) -> int:
         return len(self.columns.name)
 
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """The full names of the tensors in the files that are not LoRA factors."""
+        return tuple(self.table.names[number] for number in self.extra_columns.name)
+
     def __repr__(self) -> str:
         ranks = sorted(set(self.columns.rank.tolist()))
-        extras = f", {len(self.extras)} extra tensors" if self.extras else ""
+        count = len(self.extra_columns)
+        extras = f", {count} extra tensors" if count else ""
         return f"Adapter({self.path!r}: {len(self)} targets, ranks {ranks}{extras})"
 
-    def take(self, rows: npt.NDArray[np.int32], table: NameTable) -> Adapter:
+    def take(
+        self,
+        rows: npt.NDArray[np.int32],
+        extra_rows: npt.NDArray[np.int32],
+        table: NameTable,
+    ) -> Adapter:
         """Return a manifest of these rows alone, in this order, with names in another table.
 
         It has no config: what a row means is in its columns.
+
+        Args:
+            rows: of targets.
+            extra_rows: of tensors that are no factors.
+            table: where the names are entered.
         """
         columns = {name: column[rows] for name, column in vars(self.columns).items()}
-        numbers = [table.add(self.table.names[number]) for number in columns["name"]]
-        columns["name"] = np.array(numbers, np.int32)
+        columns["name"] = self._renumbered(columns["name"], table)
+        shapes = self.extra_columns.shapes
+        extra = {
+            name: column[extra_rows]
+            for name, column in vars(self.extra_columns).items()
+            if name != "shapes"
+        }
+        extra["name"] = self._renumbered(extra["name"], table)
         return replace(
             self,
             config=None,
-            extras=(),
             table=table,
             columns=Columns(**columns),
             keys=None if self.keys is None else tuple(self.keys[row] for row in rows),
             notices=(),
+            extra_columns=ExtraColumns(**extra, shapes=shapes),
         )
+
+    def _renumbered(
+        self, numbers: npt.NDArray[np.int32], table: NameTable
+    ) -> npt.NDArray[np.int32]:
+        return np.array([table.add(self.table.names[number]) for number in numbers], np.int32)
 
     def target(self, row: int) -> str:
         """Return the module path of `row`."""
@@ -272,6 +386,18 @@ class Adapter:
         prefix = self.prefixes[int(self.columns.prefix[row])]
         suffix = SUFFIXES[int(self.columns.kind[row])]["AB".index(side)]
         return prefix + self.target(row) + suffix
+
+    def extra(self, row: int) -> Extra:
+        """Return where the tensor of `row` of the extra columns lies, and what it is."""
+        c = self.extra_columns
+        return Extra(
+            file=self.files[int(c.file[row])],
+            key=self.table.names[int(c.name[row])],
+            offset=int(c.offset[row]),
+            nbytes=int(c.nbytes[row]),
+            dtype=ALL_DTYPES[int(c.dtype[row])],
+            shape=c.shapes[int(c.shape[row])],
+        )
 
     def factor(self, row: int, side: str) -> Factor:
         """Return where factor `side` ("A" or "B") of `row` lies, and what it is."""

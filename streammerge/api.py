@@ -234,7 +234,9 @@ def merge(
         format: of the output: "peft", "diffusers" (one pytorch_lora_weights.safetensors that a
             pipeline loads), or "auto" for that of the inputs.
         compute_dtype: "float32" or "float64".
-        extras: "error" or "drop": tensors that are not LoRA factors.
+        extras: what to do about tensors that are not LoRA factors, such as heads and biases:
+            "error" refuses them, "drop" leaves them out, "first" takes each module's from the first
+            adapter that has it, "mean" averages them by the weights.
         scaling: "config", "tensor" or a number, where a config does not explain a tensor's rank.
         include: merge only targets in whose name this regular expression is found.
         exclude: leave out targets in whose name it is found.

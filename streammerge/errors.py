@@ -21,6 +21,7 @@ StreammergeError
 │   └── ResumeError              what would be gone on with is not what was begun
 ├── MergeFailedError             during the work: the output's name is untouched; exit code 1
 │   ├── NonFiniteError           NaN or infinity in an input tensor
+│   ├── UnlikeExtrasError    tensors that are no factors and no numbers to average differ
 │   ├── ComputeOverflowError     a target's values leave the range of the compute dtype
 │   ├── OutputOverflowError      a merged value does not fit the output's dtype
 │   ├── ClampError               the clamp's quantile is negative on this target
@@ -344,6 +345,25 @@ class NonFiniteError(MergeFailedError, ValueError):
         self.path = path
         self.tensor = tensor
         self.value = name
+
+
+class UnlikeExtrasError(MergeFailedError, ValueError):
+    """Tensors of whole numbers and the like are not the same, so that they have no mean.
+
+    Attributes:
+        tensor: the tensor's full name.
+        paths: two files that hold different ones.
+    """
+
+    resumable = False
+
+    def __init__(self, *, tensor: str, paths: tuple[str, str], dtype: str) -> None:
+        super().__init__(
+            f"{tensor}: holds {dtype}, of which there is no mean, and differs between {paths[0]} "
+            f"and {paths[1]}; choose --extras first or drop"
+        )
+        self.tensor = tensor
+        self.paths = paths
 
 
 class ComputeOverflowError(MergeFailedError, OverflowError):

@@ -78,7 +78,11 @@ def finish(
         MergeFailedError: the output as a whole does not.
     """
     receipts = ledger.receipts
-    modules = tuple(map(_report, planned.tasks, receipts))
+    modules = tuple(
+        _report(task, receipt)
+        for task, receipt in zip(planned.tasks, receipts, strict=True)
+        if not task.is_extra
+    )
     for file in planned.files:
         check()
         sync_file(directory / file.name)
@@ -89,10 +93,16 @@ def finish(
         "fingerprint": fingerprint,
         "inputs": list(map(_input, manifests, ledger.inputs)),
         "modules": {report.target: _facts(report) for report in modules},
+        "extras": [asdict(module) for module in planned.extras],
     }
     write_record(directory, planned, facts, tensors)
     written = read_adapter(str(directory), NameTable())
-    if len(written) != len(planned.tasks) or not (scalings(written, None) == 1.0).all():
+    counts = len(written), len(written.extra_columns)
+    targets = len(modules)
+    if (
+        counts != (targets, len(planned.tasks) - targets)
+        or not (scalings(written, None) == 1.0).all()
+    ):
         raise MergeFailedError(f"{directory}: what was written does not read back as planned")
     return modules
 
@@ -105,7 +115,7 @@ def _read_back(
     check: Callable[[], None],
 ) -> dict[str, str]:
     """Compare every region with its receipt; return the checksums by tensor."""
-    regions = [region for task in planned.tasks for region in (task.a, task.b)]
+    regions = planned.regions
     checksums = [checksum for receipt in receipts for checksum in receipt.checksums]
     problems = []
     names = [file.name for file in planned.files]

@@ -65,5 +65,5 @@ class Ledger:
         for position, digest in zip(positions, receipt.inputs, strict=True):
             # A sum, for targets finish in any order; and what was added need not be kept.
             self._sums[position] = (self._sums[position] + int(digest, 16)) % _MODULUS
-            self._counts[position] += 1
+            self._counts[position] += not task.is_extra
         self._done[task.target] = replace(receipt, inputs=())

@@ -20,13 +20,20 @@ from streammerge.budget import CPU, format_size
 from streammerge.notebook import card
 from streammerge.tiling import row_tiles
 
-Route = Literal["concatenate", "fold", "core", "gram", "sum", "dense", "krylov"]
+Route = Literal[
+    "concatenate", "fold", "core", "gram", "sum", "dense", "krylov", "copy", "mean", "bias"
+]
 """How a task computes its pair:
 concatenate: the factors side by side, scaled; fold: the rule on A's and on B's, tile by tile;
 core: QR of the stacked factors and the SVD of the small core between them; gram: the same from the
 Gram matrices of the stacked factors; sum: block Krylov on the factors of a weighted sum, one group
 of adapters after another; dense: the merged matrix as a whole and its SVD; krylov: block Krylov on
-the tiles of the merged matrix."""
+the tiles of the merged matrix.
+Or, of a tensor that is no factor, copy: the bytes of the first source, which those of others have
+to be; mean: by the adapters' weights; bias: the weighted sum of what is added to deltas."""
+
+EXTRA_ROUTES = ("copy", "mean", "bias")
+"""Those of tensors that are not LoRA factors; their sources are rows of the extra columns."""
 
 ARITHMETIC_RATE = 1e10
 """Operations a second on one core, products and element-wise work together."""
@@ -57,6 +64,8 @@ class Region:
     offset: int
     shape: tuple[int, ...]
     nbytes: int
+    dtype: str
+    """As safetensors spells it."""
 
     @property
     def elements(self) -> int:
@@ -66,13 +75,17 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One target: it reads its sources, computes a pair and writes two regions."""
+    """One target: it reads its sources, computes a pair and writes its regions, A's and B's.
+
+    Or one tensor that is no factor, which has one region.
+    """
 
     target: str
+    """A module's path; or the full name of a tensor that is no factor."""
     m: int
     n: int
     rank: int
-    """Of the output."""
+    """Of the output; 0 where there is no pair."""
     first: int
     last: int
     """Its sources are rows first to last - 1 of the plan's source columns."""
@@ -104,8 +117,27 @@ class Task:
     device_bytes: int
     """What it holds of a device's memory at most; 0 where it computes on the CPU."""
     flops: int
-    a: Region
-    b: Region
+    regions: tuple[Region, ...]
+
+    @property
+    def is_extra(self) -> bool:
+        """Whether it is of a tensor that is no factor."""
+        return self.route in EXTRA_ROUTES
+
+
+@dataclass(frozen=True, slots=True)
+class ExtraModule:
+    """What is done with the tensors of one module that are not LoRA factors."""
+
+    module: str
+    """Its path; of what is left out, the tensor's full name."""
+    kind: str
+    done: str
+    """"first", "mean", "sum" or "drop"."""
+    adapters: tuple[int, ...]
+    """Positions of those that it is made from, or dropped from."""
+    tensors: tuple[str, ...]
+    """Full names, in the output where they are written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +150,10 @@ class OutputFile:
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """Which rows of which manifests take part, task by task; columns of equal length."""
+    """Which rows of which manifests take part, task by task; columns of equal length.
+
+    A row is one of an adapter's targets, or of its extra columns, as the task has it.
+    """
 
     adapter: npt.NDArray[np.int32]
     row: npt.NDArray[np.int32]
@@ -179,6 +214,7 @@ class Plan:
     """How inputs are read: "mmap" or "pread"."""
     scratch: str | None = None
     """Directory for tiles that do not fit into memory."""
+    extras: tuple[ExtraModule, ...] = ()
     notices: tuple[str, ...] = ()
     """What the user should know and what stops nothing."""
 
@@ -187,6 +223,16 @@ class Plan:
         """The rank that most targets of the output have, the larger one of equals."""
         counts = Counter(task.rank for task in self.tasks)
         return max(counts, key=lambda rank: (counts[rank], rank))
+
+    @property
+    def targets(self) -> tuple[Task, ...]:
+        """The tasks that merge factors."""
+        return tuple(task for task in self.tasks if not task.is_extra)
+
+    @property
+    def regions(self) -> list[Region]:
+        """Where every output tensor lies, task by task."""
+        return [region for task in self.tasks for region in task.regions]
 
     @property
     def read_bytes(self) -> int:
@@ -232,7 +278,7 @@ class Plan:
     def __repr__(self) -> str:
         return (
             f"Plan({self.recipe['method']}: {len(self.recipe['adapters'])} adapters, "
-            f"{len(self.tasks)} targets, reads {self.read_bytes:,} bytes, writes "
+            f"{len(self.targets)} targets, reads {self.read_bytes:,} bytes, writes "
             f"{self.write_bytes:,}, holds at most {self.projected_bytes:,} of "
             f"{self.allowed_bytes:,})"
         )
@@ -280,17 +326,25 @@ class Plan:
         fields["tasks"] = tuple(_task(task) for task in fields["tasks"])
         fields["files"] = tuple(OutputFile(**file) for file in fields["files"])
         fields["notices"] = tuple(fields["notices"])
+        fields["extras"] = tuple(
+            ExtraModule(
+                **{**one, "adapters": tuple(one["adapters"]), "tensors": tuple(one["tensors"])}
+            )
+            for one in fields["extras"]
+        )
         return cls(**fields)
 
 
 def spilled_bytes(task: Task, item_bytes: int) -> int:
     """Return what a task writes to scratch disk."""
+    if not task.spilled:
+        return 0
     tiles = row_tiles(task.m, task.n)[task.resident : task.resident + task.spilled]
     return sum(stop - start for start, stop in tiles) * task.n * item_bytes
 
 
 def _task(fields: dict[str, Any]) -> Task:
-    regions = {
-        side: Region(**{**fields[side], "shape": tuple(fields[side]["shape"])}) for side in "ab"
-    }
-    return Task(**{**fields, **regions})
+    regions = (
+        Region(**{**region, "shape": tuple(region["shape"])}) for region in fields["regions"]
+    )
+    return Task(**{**fields, "regions": tuple(regions)})

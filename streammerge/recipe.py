@@ -20,7 +20,7 @@ OUTPUT_DTYPES = ("auto", "float64", "float32", "float16", "bfloat16")
 FORMATS = ("auto", "peft", "diffusers")
 COMPUTE_DTYPES = ("float32", "float64")
 MAJORITY_SIGNS = ("total", "frequency")
-EXTRAS = ("error", "drop")
+EXTRAS = ("error", "drop", "first", "mean")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Recipe:
     """Of the output: "peft" or "diffusers"; "auto" is that of the inputs."""
     compute_dtype: str = "float32"
     extras: str = "error"
-    """What to do about tensors that are not LoRA factors."""
+    """What to do about tensors that are not LoRA factors: refuse them, leave them out, take them
+    from the first adapter that has them, or average them by the weights."""
     scaling: str | float | None = None
     """For targets whose scaling the config cannot explain: "config" (alpha over the config's
     rank), "tensor" (alpha over the tensor's rank), or the scaling itself."""

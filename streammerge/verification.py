@@ -51,4 +51,5 @@ def verify(path: str | os.PathLike[str]) -> Verification:
             raise VerificationError(path=str(directory), problems=tuple(problems))
     manifest = read_adapter(str(directory), NameTable())
     scalings(manifest, None)
-    return Verification(directory, len(manifest), 2 * len(manifest), recorded)
+    tensors = 2 * len(manifest) + len(manifest.extra_columns)
+    return Verification(directory, len(manifest), tensors, recorded)

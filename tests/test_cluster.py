@@ -22,7 +22,7 @@ import pytest
 
 import streammerge
 from clusters import LocalCluster, cluster_of, kill, wait_until
-from making import CONFIG, WEIGHTS, convolution, embedding, linear, write_adapter
+from making import CONFIG, PREFIX, WEIGHTS, convolution, embedding, encode, linear, write_adapter
 from streammerge import errors, events
 from streammerge.adapter import NameTable, TensorFile
 from streammerge.budget import GIB, MIB, ON_CPU, Grant, granted_by_slurm
@@ -101,6 +101,24 @@ def test_three_workers_make_the_same_bytes(
     assert left == {*SAME, "streammerge-timings.json"}
 
 
+@pytest.mark.parametrize("policy", ["first", "mean"])
+def test_heads_and_biases_on_a_cluster(policy: str, three: LocalCluster, tmp_path: Path) -> None:
+    """Tensors that are no factors travel in the same parts."""
+    layers = {f"model.{i}": linear(60 + i, 90, 4) for i in range(6)}
+    paths = []
+    for seed in range(3):
+        shapes = {"head.weight": (300, 500), "head.bias": (300,), "model.1.lora_B.bias": (61,)}
+        drawn = np.random.default_rng(seed)
+        extra = {PREFIX + n: encode(drawn.standard_normal(s), "F16") for n, s in shapes.items()}
+        extra[f"{PREFIX}norm.seen"] = encode(np.ones(2), "I32")
+        paths.append(write_adapter(tmp_path / f"{seed}", layers, seed=seed, extra=extra))
+    chosen = {"method": "svd", "extras": policy, "on_event": events.ignore}
+    streammerge.merge(paths, tmp_path / "serial", workers=1, **chosen)
+    streammerge.merge(paths, tmp_path / "out", scheduler=three.address, **chosen)
+    assert files(tmp_path / "out") == files(tmp_path / "serial")
+    assert streammerge.verify(tmp_path / "out").tensors == 2 * 6 + 3 + 6
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_fewer_workers_make_the_same_bytes(
     workers: int, sources: list[str], tmp_path: Path
@@ -153,8 +171,9 @@ def test_parts_of_a_plan_hold_what_they_need(parts: int, sources: list[str]) -> 
         ends = 0
         for task, whole in zip(part.tasks, tasks, strict=True):
             assert (task.target, task.route) == (whole.target, whole.route)
-            assert (task.a.offset, task.b.offset) == (ends, ends + task.a.nbytes)
-            ends += task.a.nbytes + task.b.nbytes
+            a, b = task.regions
+            assert (a.offset, b.offset) == (ends, ends + a.nbytes)
+            ends += a.nbytes + b.nbytes
             for mine, theirs in zip(
                 range(task.first, task.last), range(whole.first, whole.last), strict=True
             ):

@@ -314,7 +314,7 @@ def test_what_a_worker_of_a_cluster_gets_is_the_same(layout: str, tmp_path: Path
         path = write_file(tmp_path / "in.safetensors", dialects.kohya(pairs()))
     adapter = streammerge.open_adapter(path)
     rows = np.array([1, 0], np.int32)
-    part = pickle.loads(pickle.dumps(adapter.take(rows, NameTable())))
+    part = pickle.loads(pickle.dumps(adapter.take(rows, np.empty(0, np.int32), NameTable())))
     for new, old in enumerate(rows):
         assert part.target(new) == adapter.target(old)
         for side in "AB":

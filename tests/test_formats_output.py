@@ -38,7 +38,8 @@ def header(output: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
 
 def test_the_files(merged: Path) -> None:
     names = {path.name for path in merged.iterdir()}
-    assert names == {IMAGE, "streammerge.json", "streammerge-timings.json"}
+    ours = ("streammerge.json", "streammerge-timings.json", "streammerge_config.yml")
+    assert names == {IMAGE, *ours}
     metadata, shapes = header(merged)
     assert metadata["format"] == "pt"
     assert set(shapes) == {f"{target}.lora_{s}.weight" for target in UNET for s in "AB"}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import streammerge
 from capped import MIB, run_cli, task_peaks
 from dialects import pairs, write_mlx
-from making import Layer, embedding, linear, write_adapter
+from making import PREFIX, Layer, embedding, encode, linear, write_adapter
 from streammerge import draw, errors
 from streammerge.budget import Budget, granted_by_machine, parse_size
 from streammerge.kernels.thresholds import PANEL_GATHERED
@@ -131,6 +132,20 @@ def test_factors_that_lie_transposed_keep_the_projection(method: str, tmp_path: 
     measured = task_peaks(adapters, max_memory=allowed, io="pread", **options(method))
     for task in measured["tasks"]:
         assert task["peak_bytes"] <= task["projected_bytes"], task
+
+
+@pytest.mark.parametrize("policy", ["first", "mean"])
+def test_a_head_keeps_its_projection(policy: str, tmp_path: Path) -> None:
+    """However large: it is gone over tile by tile."""
+    head = {f"{PREFIX}lm_head.weight": encode(np.ones((4096, 2048), np.float32))}
+    layers = {"up": linear(64, 64, 4)}
+    paths = [str(write_adapter(tmp_path / f"{i}", layers, seed=i, extra=head)) for i in range(2)]
+    asked = {"method": "cat", "extras": policy, "max_memory": 4096 * MIB}
+    for io in ("mmap", "pread"):
+        measured = task_peaks(paths, io=io, **asked)
+        head_task = measured["tasks"][-1]
+        assert head_task["route"] == ("copy" if policy == "first" else "mean")
+        assert head_task["peak_bytes"] <= head_task["projected_bytes"] < 20 * MIB, head_task
 
 
 def test_the_formula_has_the_sizes_that_are_allocated() -> None:

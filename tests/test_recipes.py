@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 import streammerge
-from making import WEIGHTS, linear, write_adapter
+from making import PREFIX, WEIGHTS, encode, linear, write_adapter
+from streammerge import events
 from streammerge.catalog import METHODS, RULES, SPACES
 from streammerge.cli import main
 from streammerge.errors import RecipeError, RecipeFileError
@@ -417,3 +418,22 @@ def test_the_base_model_of_the_output(adapters: list[str]) -> None:
     plan = streammerge.plan(adapters, base_model="org/other")
     assert plan.config["base_model_name_or_path"] == "org/other"
     assert any("org/other" in notice for notice in plan.notices)
+
+
+def test_heads_are_averaged_by_the_weights_of_their_module(tmp_path: Path) -> None:
+    """The filter that holds for a head, not for the layers."""
+    paths = [
+        write_adapter(
+            tmp_path / f"in{i}",
+            {"model.layers.0.q_proj": linear(8, 8, 2)},
+            extra={f"{PREFIX}score.weight": encode(np.full((2, 8), float(i), np.float32))},
+            modules_to_save=["score"],
+        )
+        for i in range(2)
+    ]
+    streammerge.merge(
+        paths, tmp_path / "out", extras="mean", on_event=events.ignore,
+        weights=[[{"filter": "score", "value": 3.0}, {"value": 1.0}], 1.0],
+    )  # fmt: skip
+    head = load_file(tmp_path / "out" / WEIGHTS)[f"{PREFIX}score.weight"]
+    np.testing.assert_array_equal(head, np.full((2, 8), 0.25, np.float32))

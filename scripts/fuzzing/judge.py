@@ -191,10 +191,10 @@ def _plan_it(adapter: Adapter, place: Path, random: Random) -> str:
     count = random.choice((1, 2))
     recipe = Recipe(
         adapters=(str(place),) * count,
-        weights=(1.0, -0.5)[:count],
+        weights=(1.0, random.choice((-0.5, 0.5)))[:count],
         method=method,
         density=0.3 if RULES[METHODS[method].rule].needs_density else None,
-        extras=random.choice(("drop", "drop", "error")),
+        extras=random.choice(("drop", "drop", "first", "mean", "error")),
         scaling=random.choice((None, 1.0, 1.0, "config", "tensor")),
         max_shard_bytes=random.choice((None, None, 100)),
         strict_base=random.random() < 0.5,
@@ -211,13 +211,13 @@ def _plan_it(adapter: Adapter, place: Path, random: Random) -> str:
 
 def _check_plan(plan: Plan) -> None:
     assert plan.projected_bytes <= plan.allowed_bytes, "a plan beyond its budget"
-    regions = [region for task in plan.tasks for region in (task.a, task.b)]
+    regions = plan.regions
     for region in regions:
         assert region.offset + region.nbytes <= plan.files[region.file].data_bytes, region.name
     assert sum(region.nbytes for region in regions) == plan.write_bytes
     json.dumps(plan.config, allow_nan=False)
     json.dumps(json.loads(plan.to_json()), allow_nan=False)
-    render_header(regions, plan.dtype)
+    render_header(regions)
 
 
 @contextmanager

@@ -118,6 +118,52 @@ def odd_header(random: Random) -> Directory:
     return one_file(ONE) | {WEIGHTS: file}
 
 
+EXTRA_PARTS = (
+    "classifier",
+    "score",
+    "dense",
+    "up",
+    "base_layer",
+    "modules_to_save",
+    "original_module",
+    "default",
+    "token_adapter",
+    "lora_B",
+    "",
+)
+EXTRA_ENDS = ("weight", "bias", "trainable_tokens_delta", "trainable_tokens_original", "lora_A", "")
+
+
+def odd_extras(random: Random) -> Directory:
+    """Sound factors, tensors that are none beside them, and a config that says things of these."""
+    entries, end = sound_layout(random)
+    for _ in range(random.choice((1, 2, 5, 20))):
+        parts = random.choices(EXTRA_PARTS, k=random.choice((0, 1, 1, 2, 3)))
+        name = random.choice((PREFIX, PREFIX, PREFIX * 2, "")) + ".".join(
+            (*parts, random.choice(EXTRA_ENDS))
+        )
+        shape = [random.choice((0, 1, 3, 8)) for _ in range(random.choice((0, 1, 1, 2, 3)))]
+        if name not in dict(entries):
+            entry, end = lay(random.choice(list(ITEM)), shape, end)
+            entries.append((name, entry))
+    pieces = one_file(ONE)
+    config = json.loads(pieces[CONFIG].head)
+    for key, values in {
+        "modules_to_save": (["classifier", "score"], ["", "s"], [odd_name(random)], "score"),
+        "task_type": ("SEQ_CLS", "QUESTION_ANS"),
+        "trainable_token_indices": ([1, 2], {"up": [1]}, {"up": [-1]}, [True], [[1]]),
+        "bias": ("all", "lora_only"),
+        "lora_bias": (True,),
+        "ensure_weight_tying": (True,),
+    }.items():
+        if random.random() < 0.4:
+            config[key] = random.choice((*values, odd_value(random)))
+    return pieces | {
+        CONFIG: as_json(config),
+        WEIGHTS: with_header(render_object(entries, random), end),
+    }
+
+
 def odd_metadata(random: Random) -> Directory:
     """Metadata that are large, or no strings, or hold code."""
     value = random.choice(
@@ -317,6 +363,7 @@ def record(random: Random, output: Directory) -> Directory:
 
 GENERATORS: tuple[tuple[int, Callable[[Random], Directory]], ...] = (
     (30, odd_header),
+    (15, odd_extras),
     (6, odd_metadata),
     (25, odd_config),
     (15, odd_index),

@@ -152,7 +152,8 @@ _INPUTS = (
         type=Word(*EXTRAS),
         default="error",
         show_default=True,
-        help="What to do about tensors that are not LoRA factors (heads, biases).",
+        help="What to do about tensors that are not LoRA factors (heads, biases): refuse them, "
+        "leave them out, take the first adapter's, or average them by the weights.",
     ),
     click.option(
         "--scaling",

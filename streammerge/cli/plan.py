@@ -81,12 +81,13 @@ def _merging(words: Sequence[str], output: str | None) -> str:
 def _totals(plan: Plan) -> list[str]:
     from streammerge.budget import format_size
 
-    ranks = Counter(task.rank for task in plan.tasks)
+    ranks = Counter(task.rank for task in plan.targets)
     routes = Counter(task.route for task in plan.tasks)
     rows: list[tuple[str, object]] = [
         ("method", f"{plan.recipe['method']}: rule {plan.rule}, space {plan.space}"),
         ("adapters", len(plan.recipe["adapters"])),
-        ("targets", len(plan.tasks)),
+        ("targets", len(plan.targets)),
+        ("extra tensors", _extras(plan)),
         ("output rank", _counts(ranks)),
         ("output dtype", plan.dtype),
         ("reads", format_size(plan.read_bytes)),
@@ -103,6 +104,20 @@ def _totals(plan: Plan) -> list[str]:
         ("time, roughly", f"{plan.seconds:.0f} s" if plan.seconds >= 1 else "under a second"),
     ]
     return facts(rows)
+
+
+def _extras(plan: Plan) -> str:
+    from streammerge.budget import format_size
+
+    written = [task for task in plan.tasks if task.is_extra]
+    left = sum(len(module.tensors) for module in plan.extras if module.done == "drop")
+    if not written:
+        return f"{left} left out" if left else "none"
+    return (
+        f"{len(written)} ({plan.recipe['extras']}): reads "
+        f"{format_size(sum(task.read_bytes for task in written))}, writes "
+        f"{format_size(sum(task.write_bytes for task in written))}; {left} left out"
+    )
 
 
 def _concurrency(plan: Plan) -> str:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 
-from streammerge.adapter import METADATA_KEY, PEFT, PLAIN_METADATA, TORCH_NAMES
+from streammerge.adapter import METADATA_KEY, PEFT, PLAIN_METADATA
 from streammerge.plans import Plan, Region
-
-_NAMES = {ours: theirs for theirs, ours in TORCH_NAMES.items()}
 
 
 def metadata_of(plan: Plan) -> dict[str, str]:
@@ -19,9 +17,7 @@ def metadata_of(plan: Plan) -> dict[str, str]:
     return PLAIN_METADATA | {METADATA_KEY: json.dumps(plan.config, sort_keys=True)}
 
 
-def render_header(
-    regions: Iterable[Region], dtype: str, metadata: Mapping[str, str] = PLAIN_METADATA
-) -> bytes:
+def render_header(regions: Iterable[Region], metadata: Mapping[str, str] = PLAIN_METADATA) -> bytes:
     """Return the length field and the JSON header for a file with these regions.
 
     The JSON is filled up with spaces so that the data begin at a multiple of eight bytes, as the
@@ -30,7 +26,7 @@ def render_header(
     fields: dict[str, object] = {"__metadata__": metadata}
     for region in regions:
         fields[region.name] = {
-            "dtype": _NAMES[dtype],
+            "dtype": region.dtype,
             "shape": region.shape,
             "data_offsets": (region.offset, region.offset + region.nbytes),
         }

@@ -38,21 +38,19 @@ _SYNC_FILE_RANGE_WRITE = 2
 def headers(
     files: Sequence[OutputFile],
     regions: Sequence[Region],
-    dtype: str,
     metadata: Mapping[str, str] = PLAIN_METADATA,
 ) -> list[bytes]:
     """Return each file's header."""
     grouped: list[list[Region]] = [[] for _ in files]
     for region in regions:
         grouped[region.file].append(region)
-    return [render_header(group, dtype, metadata) for group in grouped]
+    return [render_header(group, metadata) for group in grouped]
 
 
 def allocate(
     directory: Path,
     files: Sequence[OutputFile],
     regions: Sequence[Region],
-    dtype: str,
     metadata: Mapping[str, str] = PLAIN_METADATA,
 ) -> tuple[int, ...]:
     """Make all files at their full size with their headers; return where their data begin.
@@ -60,7 +58,7 @@ def allocate(
     Raises:
         StorageError: there is no room, or the file system refused.
     """
-    rendered = headers(files, regions, dtype, metadata)
+    rendered = headers(files, regions, metadata)
     for file, header in zip(files, rendered, strict=True):
         path = directory / file.name
         try:
@@ -79,7 +77,6 @@ def reopen(
     directory: Path,
     files: Sequence[OutputFile],
     regions: Sequence[Region],
-    dtype: str,
     metadata: Mapping[str, str] = PLAIN_METADATA,
 ) -> tuple[int, ...] | None:
     """Return where the data of files begin that `allocate` has made before; None if it has not.
@@ -87,7 +84,7 @@ def reopen(
     What else lies in the directory, made at the end of a run or by workers, is removed; all of it
     where the files are not those.
     """
-    rendered = headers(files, regions, dtype, metadata)
+    rendered = headers(files, regions, metadata)
     whole = all(
         _is_allocated(directory / file.name, header, file.data_bytes)
         for file, header in zip(files, rendered, strict=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from streammerge.adapter import PEFT, Adapter
-from streammerge.errors import ExtraTensorsError, IncompatibleError, RecipeError
+from streammerge.errors import IncompatibleError, RecipeError
 from streammerge.planner.align import Alignment
 from streammerge.plans import Sources
 from streammerge.recipe import Recipe
@@ -28,23 +28,6 @@ def check_range(adapters: Sequence[Adapter], sources: Sources, dtype: str) -> No
             f"scaling leaves the range of {dtype}",
             option="weights",
         )
-
-
-def check_extras(adapters: Sequence[Adapter], policy: str) -> list[str]:
-    notices = []
-    for adapter in adapters:
-        if not adapter.extras:
-            continue
-        shown = ", ".join(adapter.extras[:4]) + (", …" if len(adapter.extras) > 4 else "")
-        if policy == "error":
-            raise ExtraTensorsError(
-                f"holds {len(adapter.extras)} tensors that are not LoRA factors ({shown}), such "
-                "as a trained head or biases; choose --extras drop to leave them out of the output",
-                path=adapter.path,
-                names=adapter.extras,
-            )
-        notices.append(f"{adapter.path}: {len(adapter.extras)} extra tensors dropped ({shown})")
-    return notices
 
 
 def check_bases(adapters: Sequence[Adapter], recipe: Recipe) -> list[str]:

@@ -28,6 +28,9 @@ def arithmetic(course: Course, rule: RuleSpec, shape: Shape) -> int:
         "core": 4 * (m + n) * k * k + 20 * min(k, shape.small) ** 3,
         "gram": 2 * (m + n) * k * k + 20 * k**3,
         "sum": course.passes * 4 * k * (m + n) * course.block,
+        "copy": m * n,
+        "mean": 3 * m * n * sources,
+        "bias": 2 * m * n * sources,
     }
     if course.route in from_factors:
         return from_factors[course.route]

@@ -24,7 +24,7 @@ from streammerge.planner.memory import (
     tile_bytes,
 )
 from streammerge.planner.routes import Course, Shape
-from streammerge.plans import Region, Task
+from streammerge.plans import EXTRA_ROUTES, Region, Task
 from streammerge.tiling import (
     factor_groups,
     factor_rows,
@@ -80,9 +80,13 @@ def fit(
         BudgetError: not even on one thread does every task fit.
     """
     limits = Limits(budget, device, workers=workers)
-    needs = [_least(draft, rule) for draft in drafts]
+    # A tensor that is no factor does not go to a device.
+    needs = [
+        0 if limits.on_device and draft.course.route in EXTRA_ROUTES else _least(draft, rule)
+        for draft in drafts
+    ]
     worst = max(range(len(drafts)), key=needs.__getitem__)
-    hosts = [_host(draft, rule, limits) for draft in drafts]
+    hosts = [_on_host(draft, rule, limits) for draft in drafts]
     worst_host = max(range(len(drafts)), key=hosts.__getitem__)
     while limits.budget.threads > 1 and hosts[worst_host] > _host_room(limits):
         limits = replace(limits, budget=replace(limits.budget, threads=limits.budget.threads - 1))
@@ -109,9 +113,12 @@ def fit(
     return replace(limits, together=together)
 
 
-def _host(draft: Draft, rule: RuleSpec, limits: Limits) -> int:
-    """Return what a task holds at least of the process's own memory."""
-    held = project_host(draft.shape) if limits.on_device else _least(draft, rule)
+def _on_host(draft: Draft, rule: RuleSpec, limits: Limits) -> int:
+    """Return what a task holds in the process's memory at least."""
+    if not limits.on_device or draft.course.route in EXTRA_ROUTES:
+        held = _least(draft, rule)
+    else:
+        held = project_host(draft.shape)
     return held + project_fetched(draft.shape)
 
 
@@ -130,7 +137,7 @@ def _is_alone(draft: Draft, rule: RuleSpec, limits: Limits) -> bool:
     threads = limits.budget.threads
     if threads == 1:
         return False
-    host = _host(draft, rule, limits)
+    host = _on_host(draft, rule, limits)
     if _least(draft, rule) * threads > limits.room or host * threads > _host_room(limits):
         return True
     work = arithmetic(draft.course, rule, draft.shape)
@@ -188,7 +195,11 @@ def _parts(draft: Draft) -> int:
     if route == "gram":
         blocks = len(gram_blocks(shape.total_rank))
         return blocks * (blocks + 1)  # pairs of blocks, of the A's and of the B's
-    return 1 if route in ("concatenate", "core") else len(panels(len(row_tiles(shape.m, shape.n))))
+    return (
+        1
+        if route in ("concatenate", "core", *EXTRA_ROUTES)
+        else len(panels(len(row_tiles(shape.m, shape.n))))
+    )
 
 
 def _refuse(target: str, projected: int, allowed: int, smallest: int, origin: str) -> BudgetError:
@@ -211,10 +222,10 @@ def plan_task(
     rule: RuleSpec,
     limits: Limits,
     scratch: str | None,
-    places: tuple[Region, Region],
+    regions: tuple[Region, ...],
 ) -> Task:
     """Return a draft as a task, holding as much as the limits allow."""
-    shape, course, (a, b) = draft.shape, draft.course, places
+    shape, course = draft.shape, draft.course
     alone = _is_alone(draft, rule, limits)
     room = limits.room if alone else limits.room // limits.together
     team = _team(draft, rule, limits)
@@ -229,7 +240,8 @@ def plan_task(
     if course.route == "krylov" and scratch and prefers_scratch(rule, shape):
         spilled = len(row_tiles(shape.m, shape.n)) - holding.tiles
     held = project(course, rule, shape, holding)
-    host = project_host(shape) if limits.on_device else held
+    device = limits.on_device and course.route not in EXTRA_ROUTES
+    host = project_host(shape) if device else held
     return Task(
         target=draft.group.target,
         m=shape.m,
@@ -248,12 +260,11 @@ def plan_task(
         lanes=lanes,
         team=team,
         read_bytes=shape.source_bytes,
-        write_bytes=a.nbytes + b.nbytes,
+        write_bytes=sum(region.nbytes for region in regions),
         projected_bytes=host + travelling,
-        device_bytes=held if limits.on_device else 0,
+        device_bytes=held if device else 0,
         flops=arithmetic(course, rule, shape),
-        a=a,
-        b=b,
+        regions=regions,
     )
 
 

@@ -7,19 +7,29 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from streammerge.adapter import DIFFUSERS, DTYPES, ITEM_BYTES, MLX, TORCH_NAMES, Adapter
+from streammerge.adapter import (
+    DIFFUSERS,
+    DTYPES,
+    ITEM_BYTES,
+    MLX,
+    STORED_NAMES,
+    TORCH_NAMES,
+    Adapter,
+)
 from streammerge.budget import ON_CPU, Budget, Device
 from streammerge.catalog import METHODS, RULES, SPACES, RuleSpec, SpaceSpec
 from streammerge.errors import RecipeError
 from streammerge.planner.align import Alignment, align, check_shapes, gather
-from streammerge.planner.checks import check_bases, check_extras, check_range, partial_targets
+from streammerge.planner.checks import check_bases, check_range, partial_targets
+from streammerge.planner.extra_terms import Terms
+from streammerge.planner.extras import check_extras, extra_drafts, plan_extras
 from streammerge.planner.fit import Draft, fit, plan_task
 from streammerge.planner.formats import image_config, output_format
 from streammerge.planner.layout import Pair, lay_out
 from streammerge.planner.output_config import output_config
 from streammerge.planner.routes import Shape, choose_course
 from streammerge.planner.scaling import scalings
-from streammerge.planner.sources import resolve
+from streammerge.planner.sources import resolve, weights_by_name, with_extras
 from streammerge.plans import Plan
 from streammerge.recipe import Recipe
 
@@ -52,21 +62,28 @@ def make_plan(
     """
     rule, space = resolve_method(recipe)
     notices = [notice for adapter in adapters for notice in adapter.notices]
-    notices += [*check_extras(adapters, recipe.extras), *check_bases(adapters, recipe)]
+    check_extras(adapters, recipe.extras)
+    notices += check_bases(adapters, recipe)
     scaling = [scalings(adapter, recipe.scaling) for adapter in adapters]
     alignment = align(adapters, recipe.include, recipe.exclude)
     sources = resolve(alignment, scaling, recipe)
     check_range(adapters, sources, recipe.compute_dtype)
     check_shapes(adapters, alignment, equal_ranks=space.equal_ranks)
     dtype = output_dtype(adapters, alignment, recipe.dtype)
+    stored = STORED_NAMES[dtype]
     shapes = _shapes(adapters, alignment, recipe, space, dtype, stream=stream)
     drafts = [
         Draft(group, shape, choose_course(rule, space, shape))
         for group, shape in zip(alignment.groups, shapes, strict=True)
     ]
-    pairs = [_pair(adapters, alignment, draft) for draft in drafts]
+    pairs = [_pair(adapters, alignment, draft, stored) for draft in drafts]
     chosen = output_format(adapters, recipe, [pair.target for pair in pairs])
-    files, regions = lay_out(pairs, ITEM_BYTES[dtype], recipe.max_shard_bytes, chosen)
+    targets = {pair.target: (pair.kind, pair.m) for pair in pairs}
+    weight = weights_by_name(alignment, sources, recipe)
+    extra = plan_extras(adapters, Terms(recipe, rule, space, stored, targets, scaling, weight))
+    drafts += extra_drafts(adapters, extra.tensors, len(alignment.row), recipe.compute_dtype)
+    units = [*(pair.tensors(chosen) for pair in pairs), *((one.tensor,) for one in extra.tensors)]
+    files, regions = lay_out(units, recipe.max_shard_bytes, chosen)
     limits = fit(drafts, rule, budget, device, workers)
     tasks = tuple(
         plan_task(draft, rule, limits, scratch, places)
@@ -77,7 +94,9 @@ def make_plan(
     config, settled = (
         (image_config(ranks), [])
         if chosen == DIFFUSERS
-        else output_config(adapters, ranks, selected=selected, base_model=recipe.base_model)
+        else output_config(
+            adapters, ranks, extra.config, selected=selected, base_model=recipe.base_model
+        )
     )
     return Plan(
         recipe=recipe.to_dict(),
@@ -85,7 +104,7 @@ def make_plan(
         space=space.name,
         dtype=dtype,
         tasks=tasks,
-        sources=sources,
+        sources=with_extras(sources, extra.tensors),
         files=files,
         config=config,
         format=chosen,
@@ -97,7 +116,8 @@ def make_plan(
         device_allowed_bytes=device.allowed_bytes,
         io=io,
         scratch=scratch,
-        notices=(*notices, *settled, *partial_targets(adapters, alignment)),
+        extras=extra.modules,
+        notices=(*extra.notices, *notices, *settled, *partial_targets(adapters, alignment)),
     )
 
 
@@ -208,9 +228,9 @@ def _output_rank(space: SpaceSpec, ranks: tuple[int, ...], asked: int) -> int:
     return ranks[0] if space.equal_ranks else sum(ranks)
 
 
-def _pair(adapters: Sequence[Adapter], alignment: Alignment, draft: Draft) -> Pair:
+def _pair(adapters: Sequence[Adapter], alignment: Alignment, draft: Draft, dtype: str) -> Pair:
     first = draft.group.first
     adapter, row = adapters[alignment.adapter[first]], int(alignment.row[first])
     inner = tuple(int(size) for size in adapter.columns.inner[row] if size)
     kind = int(adapter.columns.kind[row])
-    return Pair(draft.group.target, kind, draft.shape.rank, draft.shape.m, inner)
+    return Pair(draft.group.target, kind, draft.shape.rank, draft.shape.m, inner, dtype)

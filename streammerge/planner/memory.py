@@ -89,6 +89,9 @@ def project(course: Course, rule: RuleSpec, shape: Shape, holding: Holding) -> i
             + _krylov(shape, course, lanes)
             + lanes * tile_bytes(shape)
         ),
+        "copy": lambda: 2 * longest(flat_tiles(shape.m * shape.n)) * shape.out_item,
+        "mean": lambda: _averaged(shape),
+        "bias": lambda: _averaged(shape),
     }
     picking = lanes * turned_bytes(shape)
     return parts[course.route]() + picking + SLACK_BYTES + (lanes - 1) * LANE_BYTES
@@ -141,6 +144,12 @@ def _concatenate(shape: Shape, holding: Holding) -> int:
     elements = max(longest(flat_tiles(rank * shape.n)) for rank in shape.ranks)
     flat = elements * (shape.item + shape.stored_item + shape.out_item)
     return max(flat, max(1, holding.tiles) * joined_tile_bytes(shape))
+
+
+def _averaged(shape: Shape) -> int:
+    """Tiles of a tensor that is no factor: the first source's, the next one's, their sum; cast."""
+    elements = longest(flat_tiles(shape.m * shape.n))
+    return elements * (3 * shape.item + shape.stored_item + shape.out_item)
 
 
 def _fold(rule: RuleSpec, shape: Shape, holding: Holding) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 
 from streammerge.adapter import Adapter, AdapterConfig
 from streammerge.patterns import pattern_lookup
+from streammerge.planner.extra_config import HeadConfig
+from streammerge.planner.extra_names import TASK_HEADS
 
 _FINER = ("exclude_modules", "layers_to_transform", "layers_pattern")
 """Config keys by which an adapter has fewer targets than its target_modules match."""
@@ -16,13 +18,11 @@ _FINER = ("exclude_modules", "layers_to_transform", "layers_pattern")
 MAX_BRANCHES = 2000
 """Targets that are written as one regular expression at most."""
 
-_TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-"""PEFT adds a trained head to these of its own accord and fails if the file has none."""
-
 
 def output_config(
     adapters: Sequence[Adapter],
     ranks: Mapping[str, int],
+    heads: HeadConfig,
     *,
     selected: bool,
     base_model: str | None,
@@ -32,11 +32,12 @@ def output_config(
     Args:
         adapters: the sources.
         ranks: each target's rank in the output.
+        heads: what the output holds beside LoRA factors.
         selected: whether the recipe leaves targets out.
         base_model: what it is to name as the base; the sources' first when None.
     """
     configs = [a.config for a in adapters if a.config is not None]
-    task_type, notices = _task_type([c.task_type for c in configs])
+    task_type, notices = _task_type([c.task_type for c in configs], heads.tasks)
     rank = usual_rank(ranks)
     pattern = rank_pattern(ranks, rank)
     config: dict[str, Any] = {
@@ -44,14 +45,14 @@ def output_config(
         "auto_mapping": _agreed([_mapping(c.raw.get("auto_mapping")) for c in configs]),
         "base_model_name_or_path": base_model
         or next((c.base_model for c in configs if c.base_model), None),
-        "bias": "none",
+        "bias": heads.bias,
         "fan_in_fan_out": any(c.fan_in_fan_out for c in configs),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": rank,
-        "lora_bias": False,
+        "lora_bias": heads.lora_bias,
         "lora_dropout": 0.0,
-        "modules_to_save": None,
+        "modules_to_save": list(heads.modules_to_save) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": pattern,
@@ -61,6 +62,10 @@ def output_config(
         "use_dora": False,
         "use_rslora": False,
     }
+    if heads.trainable_token_indices is not None:
+        config["trainable_token_indices"] = heads.trainable_token_indices
+    if heads.ensure_weight_tying:
+        config["ensure_weight_tying"] = True
     return config, notices
 
 
@@ -129,12 +134,14 @@ def _mapping(value: Any) -> dict[str, str | None] | None:
     return value
 
 
-def _task_type(types: Sequence[str | None]) -> tuple[str | None, list[str]]:
+def _task_type(
+    types: Sequence[str | None], with_heads: Sequence[str]
+) -> tuple[str | None, list[str]]:
     task_type = next((name for name in types if name), None)
-    if task_type in _TASKS_WITH_HEADS:
+    if task_type in TASK_HEADS and task_type not in with_heads:
         notice = (
             f"task_type {task_type} is left out of the output's config: PEFT would look for a "
-            "trained head, and the output holds none"
+            "trained head, and the output holds none that it could load"
         )
         return None, [notice]
     return task_type, []

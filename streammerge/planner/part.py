@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from streammerge.adapter import Adapter, NameTable
-from streammerge.plans import OutputFile, Plan, Region, Sources, Task
+from streammerge.plans import OutputFile, Plan, Sources, Task
 
 
 def take_part(
@@ -27,18 +27,22 @@ def take_part(
         The part, and by position the manifests of the rows that it needs.
     """
     rows = np.concatenate([np.arange(task.first, task.last) for task in tasks])
+    extra = np.repeat([task.is_extra for task in tasks], [task.last - task.first for task in tasks])
     positions, old_rows = plan.sources.adapter[rows], plan.sources.row[rows]
     new_rows, table, taken = np.empty_like(old_rows), NameTable(), {}
     for position in np.unique(positions).tolist():
-        mine = np.flatnonzero(positions == position)
-        new_rows[mine] = np.arange(len(mine))
-        taken[position] = adapters[position].take(old_rows[mine], table)
+        mine = [np.flatnonzero((positions == position) & (extra == kind)) for kind in (False, True)]
+        for places in mine:
+            new_rows[places] = np.arange(len(places))
+        taken[position] = adapters[position].take(old_rows[mine[0]], old_rows[mine[1]], table)
     moved, first, offset = [], 0, 0
     for task in tasks:
-        last, middle = first + task.last - task.first, offset + task.a.nbytes
-        a, b = _moved(task.a, offset), _moved(task.b, middle)
-        moved.append(replace(task, first=first, last=last, a=a, b=b))
-        first, offset = last, middle + task.b.nbytes
+        last, regions = first + task.last - task.first, []
+        for region in task.regions:
+            regions.append(replace(region, file=0, offset=offset))
+            offset += region.nbytes
+        moved.append(replace(task, first=first, last=last, regions=tuple(regions)))
+        first = last
     part = replace(
         plan,
         tasks=tuple(moved),
@@ -51,10 +55,7 @@ def take_part(
         ),
         files=(OutputFile("part", offset),),
         config={},
+        extras=(),
         notices=(),
     )
     return part, taken
-
-
-def _moved(region: Region, offset: int) -> Region:
-    return replace(region, file=0, offset=offset)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from streammerge.errors import RecipeError
 from streammerge.planner.align import Alignment
+from streammerge.planner.extra_terms import ExtraTensor, Weight
 from streammerge.plans import Sources
 from streammerge.recipe import Recipe
 from streammerge.schedule import Value, depths, value_at
@@ -43,6 +44,39 @@ def resolve(
         weight=weight,
         density=_column(alignment, density, "density"),
     )
+
+
+def with_extras(sources: Sources, tensors: Sequence[ExtraTensor]) -> Sources:
+    """Return the columns with a row more for each tensor of an adapter that is no factor."""
+    holders = [holder for one in tensors for holder in one.holders]
+    return Sources(
+        adapter=np.r_[sources.adapter, np.array([h.position for h in holders], np.int32)],
+        row=np.r_[sources.row, np.array([h.row for h in holders], np.int32)],
+        scaling=np.r_[sources.scaling, [s for one in tensors for s in one.scalings]],
+        weight=np.r_[sources.weight, [w for one in tensors for w in one.weights]],
+        density=np.r_[sources.density, np.ones(len(holders))],
+    )
+
+
+def weights_by_name(alignment: Alignment, sources: Sources, recipe: Recipe) -> Weight:
+    """Return the function from a module's path and an adapter to its weight there.
+
+    In a target it is that of the target; elsewhere what the recipe says, as it is.
+    """
+    targets = {group.target: group for group in alignment.groups}
+
+    def weight(module: str, position: int) -> float:
+        group = targets.get(module)
+        for row in range(group.first, group.last) if group else ():
+            if sources.adapter[row] == position:
+                return float(sources.weight[row])
+        value = recipe.weights[position]
+        if not isinstance(value, tuple):
+            return float(value)
+        (*_, depth) = depths([*targets, module])
+        return value_at(value, module, depth, option="weights")
+
+    return weight
 
 
 def _column(alignment: Alignment, values: Sequence[Value], option: str) -> npt.NDArray[np.float64]:

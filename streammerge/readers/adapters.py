@@ -166,7 +166,7 @@ def _adapter(source: Source, files: tuple[TensorFile, ...], content: Content) ->
         table=source.table,
         columns=content.columns,
         prefixes=content.prefixes,
-        extras=content.extras,
+        extra_columns=content.extras,
         dialect=content.dialect,
         keys=content.keys,
         notices=tuple(f"{source.path}: {notice}" for notice in content.notices),

@@ -16,6 +16,7 @@ from streammerge.adapter import (
     AdapterConfig,
     Columns,
     Dialect,
+    ExtraColumns,
     NameTable,
 )
 from streammerge.readers.header import Header
@@ -42,7 +43,7 @@ class Content:
 
     columns: Columns
     dialect: Dialect
-    extras: tuple[str, ...]
+    extras: ExtraColumns
     prefixes: tuple[str, ...] = ("",)
     keys: tuple[tuple[str, str], ...] | None = None
     notices: tuple[str, ...] = ()
@@ -68,9 +69,12 @@ class Source:
         return [(header, n, e) for n, header in enumerate(self.headers) for e in header.entries]
 
 
-def names_of(extras: Sequence[Place]) -> tuple[str, ...]:
-    """Return the names of tensors, sorted."""
-    return tuple(sorted(entry.name for _, _, entry in extras))
+def extras_of(extras: Sequence[Place], table: NameTable) -> ExtraColumns:
+    """Return where tensors lie that are no factors, in the order of their names."""
+    return ExtraColumns.of_rows(
+        (table.add(entry.name), file, entry.offset, entry.nbytes, entry.dtype, entry.shape)
+        for _, file, entry in sorted(extras, key=lambda place: place[2].name)
+    )
 
 
 def keys_of(pairs: Mapping[str, Factors]) -> tuple[tuple[str, str], ...]:

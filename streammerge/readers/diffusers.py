@@ -25,8 +25,8 @@ from streammerge.readers.contents import (
     Scale,
     Source,
     columns_of,
+    extras_of,
     keys_of,
-    names_of,
 )
 from streammerge.readers.pairs import Factors, Name, Place, Side, pair_up
 from streammerge.readers.peft import scale_by
@@ -73,7 +73,7 @@ def read_diffusers(source: Source) -> Content:
     return Content(
         columns_of(pairs, source.table, scale),
         DIFFUSERS,
-        names_of(rest),
+        extras_of(rest, source.table),
         keys=keys_of(pairs),
         notices=notices,
         from_headers=not alphas,

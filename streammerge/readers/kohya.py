@@ -20,8 +20,8 @@ from streammerge.readers.contents import (
     Scale,
     Source,
     columns_of,
+    extras_of,
     keys_of,
-    names_of,
 )
 from streammerge.readers.kohya_names import Module, Restored, restore
 from streammerge.readers.pairs import Factors, Name, pair_up
@@ -60,7 +60,7 @@ def read_kohya(source: Source) -> Content:
     return Content(
         columns_of(pairs, source.table, scales.__getitem__),
         KOHYA,
-        names_of(rest),
+        extras_of(rest, source.table),
         keys=keys_of(pairs),
         notices=notices,
         from_headers=not alphas,

@@ -17,8 +17,8 @@ from streammerge.readers.contents import (
     Scale,
     Source,
     columns_of,
+    extras_of,
     keys_of,
-    names_of,
 )
 from streammerge.readers.pairs import Name, Place, pair_up
 
@@ -57,7 +57,9 @@ def read_mlx(source: Source) -> Content:
             path=source.headers[0].file.path,
             tensor=keys_of(pairs)[row][0],
         )
-    return Content(columns, MLX, names_of(extras), keys=keys_of(pairs), notices=notices)
+    return Content(
+        columns, MLX, extras_of(extras, source.table), keys=keys_of(pairs), notices=notices
+    )
 
 
 def _name(name: str) -> Name | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from streammerge.adapter import PEFT, PREFIX, AdapterConfig
 from streammerge.errors import CorruptFileError
 from streammerge.patterns import pattern_lookup
-from streammerge.readers.contents import NO_SCALE, Content, Scale, Source, columns_of, names_of
+from streammerge.readers.contents import NO_SCALE, Content, Scale, Source, columns_of, extras_of
 from streammerge.readers.pairs import Name, Side, pair_up
 
 _KEY = re.compile(
@@ -33,7 +33,7 @@ def read_peft(source: Source) -> Content:
     prefixes = tuple(sorted({pair.prefix for pair in pairs.values()}))
     scale = scale_by(source.config, source.config_path)
     columns = columns_of(pairs, source.table, scale, prefixes)
-    return Content(columns, PEFT, names_of(extras), prefixes)
+    return Content(columns, PEFT, extras_of(extras, source.table), prefixes)
 
 
 def _name(name: str) -> Name | None:

@@ -17,13 +17,23 @@ def write(job: Job, writer: RegionWriter, values: torch.Tensor) -> None:
 
 
 def cast_tile(job: Job, name: str, values: torch.Tensor) -> torch.Tensor:
-    """Return values of the tensor of this name in the output's dtype.
+    """Return values of the tensor of this name in the dtype of the output's factors.
 
     Raises:
         OutputOverflowError: one of them does not fit.
         FloatingPointError: one of them was not finite before.
     """
-    cast = values.to(job.output_dtype).contiguous()
+    return cast_to(job.output_dtype, name, values)
+
+
+def cast_to(dtype: torch.dtype, name: str, values: torch.Tensor) -> torch.Tensor:
+    """Return values of the tensor of this name in a dtype.
+
+    Raises:
+        OutputOverflowError: one of them does not fit.
+        FloatingPointError: one of them was not finite before.
+    """
+    cast = values.to(dtype).contiguous()
     # A sum is finite only if all its terms are; it may overflow without them, hence the look.
     if not math.isfinite(float(cast.sum())):
         wrong = values[~torch.isfinite(cast)]
@@ -31,7 +41,9 @@ def cast_tile(job: Job, name: str, values: torch.Tensor) -> torch.Tensor:
             raise FloatingPointError("a merged value overflows on the way")
         if len(wrong):
             raise OutputOverflowError(
-                tensor=name, value=float(wrong.abs().max()), dtype=job.plan.dtype
+                tensor=name,
+                value=float(wrong.abs().max()),
+                dtype=str(dtype).removeprefix("torch."),
             )
     return cast
 

@@ -29,9 +29,10 @@ from streammerge.worker.transfer import Transfer
 LINALG_ERROR: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 """What LAPACK's refusals are raised as."""
 
-_STORED: dict[str, torch.dtype] = {
+STORED: dict[str, torch.dtype] = {
     stored: getattr(torch, name) for stored, name in TORCH_NAMES.items()
 }
+"""The dtypes of numbers that are computed with, as safetensors and as torch spells them."""
 
 
 PIECE_ELEMENTS = 4096
@@ -68,7 +69,7 @@ class FactorReader:
         self._device = device
         self._transfer = transfer
         self._unchecked: torch.Tensor | None = None
-        self._stored = _STORED[factor.dtype]
+        self._stored = STORED[factor.dtype]
         self._hash = xxhash.xxh3_128()
         self._hashed = 0
         self._lock = threading.Lock()
@@ -128,7 +129,7 @@ class FactorReader:
         if length > PIECE_ELEMENTS + rows:
             for i in range(columns):
                 first = (column + i) * length + row
-                self._put(place[:, i], _view(self._read(first, first + rows), self._stored))
+                self._put(place[:, i], view(self._read(first, first + rows), self._stored))
             return
         lines = max(1, TILE_ELEMENTS // length)
         for i in range(0, columns, lines):
@@ -209,13 +210,13 @@ class FactorReader:
         tiles are asked for in another order, what was passed over is read for the hash alone.
         """
         if not self._hashing or self._hashed >= stop:
-            return _view(self._read(start, stop), self._stored)
+            return view(self._read(start, stop), self._stored)
         with self._lock:
             self._hash_until(start)
             window = self._read(start, stop)
             self._hash.update(window[(self._hashed - start) * self._stored.itemsize :].data)
             self._hashed = max(self._hashed, stop)
-        return _view(window, self._stored)
+        return view(window, self._stored)
 
     def _hash_until(self, end: int) -> None:
         while self._hashed < end:
@@ -235,7 +236,7 @@ class FactorReader:
             raise NonFiniteError(path=self.factor.file.path, tensor=self.factor.key, value=value)
 
 
-def _view(window: npt.NDArray[np.uint8], dtype: torch.dtype) -> torch.Tensor:
+def view(window: npt.NDArray[np.uint8], dtype: torch.dtype) -> torch.Tensor:
     """Return stored bytes as a tensor without a copy; it must not be written to.
 
     The one door for read-only maps: torch warns of any buffer that is not writable, and has no
@@ -339,7 +340,7 @@ def task_window(job: Job, task: Task) -> Window:
             continue
         for side in "AB":
             factor = adapter.factor(int(columns.row[i]), side)
-            nbytes = factor.elements * _STORED[factor.dtype].itemsize
+            nbytes = factor.elements * STORED[factor.dtype].itemsize
             pieces.add((factor.file, factor.offset, factor.offset + nbytes))
     if not pieces:
         return job.window

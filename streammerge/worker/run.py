@@ -17,6 +17,7 @@ from streammerge.errors import ComputeOverflowError, MemoryExhaustedError
 from streammerge.kernels.each import Each
 from streammerge.plans import Task
 from streammerge.readers.windows import Window
+from streammerge.worker.extras import write_extra
 from streammerge.worker.factors import LINALG_ERROR, TargetSources, task_window
 from streammerge.worker.job import Job
 from streammerge.worker.receipt import Receipt
@@ -51,6 +52,8 @@ def run_task(job: Job, task: Task, each: Each = map, team: Team | None = None) -
     window = task_window(job, task)
     for device, attempt in _attempts(job.device, task):
         try:
+            if task.is_extra:
+                return replace(write_extra(job, task), seconds=time.perf_counter() - began)
             first = attempt is task
             work = each if first else map
             receipt = _run_on(device, job, attempt, window, each=work, team=team if first else None)
@@ -90,8 +93,8 @@ def _run_on(
     work = Work(job, task, sources, device, watched(job, each), team)
     with (
         torch.inference_mode(),
-        job.writer(task.a) as a,
-        job.writer(task.b) as b,
+        job.writer(task.regions[0]) as a,
+        job.writer(task.regions[1]) as b,
         sources.checked(),
     ):
         certificate = merge_target(work, Writers(a, b))
