@@ -100,7 +100,7 @@ def _read_back(
     check: Callable[[], None],
 ) -> dict[str, str]:
     """Compare every region with its receipt; return the checksums by tensor."""
-    regions = [region for task in planned.tasks for region in (task.a, task.b)]
+    regions = planned.regions
     checksums = [checksum for receipt in receipts for checksum in receipt.checksums]
     problems = []
     names = [file.name for file in planned.files]

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from streammerge.adapter import TORCH_NAMES
 from streammerge.plans import Region
 
-_NAMES = {ours: theirs for theirs, ours in TORCH_NAMES.items()}
 
-
-def render_header(regions: Iterable[Region], dtype: str) -> bytes:
+def render_header(regions: Iterable[Region]) -> bytes:
     """Return the length field and the JSON header for a file with these regions.
 
     The JSON is filled up with spaces so that the data begin at a multiple of eight bytes, as the
@@ -20,7 +17,7 @@ def render_header(regions: Iterable[Region], dtype: str) -> bytes:
     fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
     for region in regions:
         fields[region.name] = {
-            "dtype": _NAMES[dtype],
+            "dtype": region.dtype,
             "shape": region.shape,
             "data_offsets": (region.offset, region.offset + region.nbytes),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from streammerge.adapter import CONFIG_NAME, INDEX_NAME, ITEM_BYTES
+from streammerge.adapter import CONFIG_NAME, DTYPE_BITS, INDEX_NAME
 from streammerge.errors import CorruptFileError, MissingFileError, StorageError
 from streammerge.files import open_regular, read_whole
 from streammerge.output.staging import MARK_NAME
@@ -28,10 +29,9 @@ def write_config(directory: Path, plan: Plan) -> None:
     """Write adapter_config.json, and the index where there are shards."""
     write_file(directory / CONFIG_NAME, _pretty(plan.config))
     if len(plan.files) > 1:
-        regions = [region for task in plan.tasks for region in (task.a, task.b)]
         index = {
             "metadata": {"total_size": plan.write_bytes},
-            "weight_map": {r.name: plan.files[r.file].name for r in regions},
+            "weight_map": {r.name: plan.files[r.file].name for r in plan.regions},
         }
         write_file(directory / INDEX_NAME, _pretty(index))
 
@@ -47,8 +47,8 @@ def write_record(
         facts: what the caller knows: version, fingerprint, inputs, modules.
         tensors: xxh3-128 of every output tensor, by its full name.
     """
-    regions = [region for task in plan.tasks for region in (task.a, task.b)]
-    rendered = headers(plan.files, regions, plan.dtype)
+    regions = plan.regions
+    rendered = headers(plan.files, regions)
     record: dict[str, Any] = {
         "format": FORMAT,
         **facts,
@@ -75,6 +75,7 @@ def write_record(
                 "file": region.file,
                 "offset": region.offset,
                 "shape": list(region.shape),
+                "dtype": region.dtype,
                 "xxh3": tensors[region.name],
             }
             for region in regions
@@ -149,7 +150,7 @@ def _check_files(directory: Path, record: dict[str, Any]) -> list[str]:
     names = [Path(file.name).name for file in files]
     starts = [facts["header_bytes"] for facts in record["files"]]
     with RegionReader(directory, names, starts) as reader:
-        for region in _regions(record["tensors"], ITEM_BYTES[record["dtype"]]):
+        for region in _regions(record["tensors"]):
             if not sound[region.file]:
                 continue
             try:
@@ -176,12 +177,13 @@ def _check_header(path: Path, facts: dict[str, Any]) -> str:
     return "" if _digest(header) == facts["header_xxh3"] else "has another header"
 
 
-def _regions(tensors: dict[str, Any], itemsize: int) -> Sequence[Region]:
+def _regions(tensors: dict[str, Any]) -> Sequence[Region]:
     regions = []
     for name, facts in tensors.items():
-        shape = tuple(int(size) for size in facts["shape"])
-        region = Region(name, int(facts["file"]), int(facts["offset"]), shape, 0)
-        regions.append(Region(name, region.file, region.offset, shape, region.elements * itemsize))
+        shape, dtype = tuple(int(size) for size in facts["shape"]), str(facts["dtype"])
+        nbytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
+        place = int(facts["file"]), int(facts["offset"])
+        regions.append(Region(name, *place, shape, nbytes, dtype))
     return regions
 
 
