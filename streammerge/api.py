@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from streammerge import events
 from streammerge.adapter import Adapter, NameTable
 from streammerge.budget import CPU, parse_duration
+from streammerge.consolidation import consolidate
 from streammerge.errors import printable
 from streammerge.output.record import write_timings
 from streammerge.output.staging import Staging, check_output
@@ -22,7 +23,7 @@ from streammerge.preparation import StrPath, make_recipe, open_cluster, prepare
 from streammerge.readers import read_adapter
 from streammerge.verification import verify
 
-__all__ = ["MergeResult", "merge", "open_adapter", "plan", "verify"]
+__all__ = ["MergeResult", "consolidate", "merge", "open_adapter", "plan", "verify"]
 
 if TYPE_CHECKING:
     from streammerge.finish import ModuleReport

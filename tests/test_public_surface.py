@@ -22,12 +22,13 @@ PUBLIC = [
     "MergeResult",
     "Plan",
     "StreammergeError",
+    "consolidate",
     "merge",
     "open_adapter",
     "plan",
     "verify",
 ]
-COMMANDS = {"inspect", "merge", "methods", "plan", "verify"}
+COMMANDS = {"consolidate", "inspect", "merge", "methods", "plan", "verify"}
 LONGEST_HELP_SECONDS = 0.3
 
 INSTALLED = Path(sys.executable).with_name("streammerge")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from streammerge.cli.consolidate import consolidate
 from streammerge.cli.inspect import inspect
 from streammerge.cli.merge import merge
 from streammerge.cli.methods import methods
@@ -25,5 +26,5 @@ def main() -> None:
     """Merge LoRA adapters: files in, one adapter out, no base model, bounded memory."""
 
 
-for command in (merge, plan, inspect, methods, verify):
+for command in (merge, plan, inspect, methods, verify, consolidate):
     main.add_command(command)
