@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from streammerge.adapter import Adapter
-    from streammerge.api import MergeResult, consolidate, merge, open_adapter, plan, verify
+    from streammerge.api import MergeResult, consolidate, merge, open_adapter, plan, push, verify
     from streammerge.errors import StreammergeError
     from streammerge.plans import Plan
 
@@ -24,6 +24,7 @@ _HOME = {
     "merge": "streammerge.api",
     "open_adapter": "streammerge.api",
     "plan": "streammerge.api",
+    "push": "streammerge.api",
     "verify": "streammerge.api",
 }
 
@@ -36,6 +37,7 @@ __all__ = [
     "merge",
     "open_adapter",
     "plan",
+    "push",
     "verify",
 ]
 

@@ -120,6 +120,7 @@ def _input(manifest: Adapter, read: tuple[int, str]) -> dict[str, Any]:
     targets, checksum = read
     return {
         "path": manifest.path,
+        "base_model": manifest.config.base_model if manifest.config else None,
         "files": {Path(file.path).name: file.size for file in manifest.files},
         "targets_used": targets,
         "xxh3": checksum,

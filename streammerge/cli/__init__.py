@@ -9,6 +9,7 @@ from streammerge.cli.inspect import inspect
 from streammerge.cli.merge import merge
 from streammerge.cli.methods import methods
 from streammerge.cli.plan import plan
+from streammerge.cli.push import push
 from streammerge.cli.verify import verify
 
 EXIT_CODES = """\b
@@ -26,5 +27,5 @@ def main() -> None:
     """Merge LoRA adapters: files in, one adapter out, no base model, bounded memory."""
 
 
-for command in (merge, plan, inspect, methods, verify, consolidate):
+for command in (merge, plan, inspect, methods, verify, consolidate, push):
     main.add_command(command)

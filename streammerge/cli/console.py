@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -44,6 +44,9 @@ GRACE_SECONDS = 4.0
 """How long after a signal the process is ended in any case; what is done is in the journal."""
 
 
+Result = TypeVar("Result")
+
+
 def with_exit_codes(command: Callable[..., None]) -> Callable[..., None]:
     """Turn errors into a message and their exit code; with --json also into a JSON object."""
 
@@ -63,15 +66,22 @@ def with_exit_codes(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def stopped_by_signals(command: Callable[..., None]) -> Callable[..., None]:
+def stopped_by_signals(
+    command: Callable[..., Result], resuming: Callable[[], str] | None = None
+) -> Callable[..., Result]:
     """Have a merge stop within seconds at SIGTERM and SIGINT, and say how to go on.
 
     What takes longer than GRACE_SECONDS to end is cut off, as is all at a second signal: a merge
     can be gone on with from whatever state it dies in.
+
+    Args:
+        command: what can be gone on with; its keyword `as_json` says how its errors are told.
+        resuming: returns the command line that goes on; this one with --resume when None.
     """
+    again = resuming or _resuming
 
     @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
+    def run(*args: Any, **kwargs: Any) -> Result:
         def stop(_signum: int, _frame: object) -> NoReturn:
             for number in _SIGNALS:
                 signal.signal(number, lambda *_: None)  # the watch hears of it
@@ -79,21 +89,22 @@ def stopped_by_signals(command: Callable[..., None]) -> Callable[..., None]:
 
         # A shell has what it starts in the background ignore SIGINT, and that stays so.
         before = {number: signal.getsignal(number) for number in _SIGNALS}
-        with _Watch(lambda: _cut_off(kwargs)):
+        with _Watch(lambda: _cut_off(again(), kwargs)):
             for number, handler in before.items():
                 if handler is not signal.SIG_IGN:
                     signal.signal(number, stop)
             try:
-                command(*args, **kwargs)
+                result = command(*args, **kwargs)
             except StoppedError as error:
-                _report_stopped(str(error), kwargs)
+                _report_stopped(str(error), again(), kwargs)
                 raise SystemExit(STOPPED) from error
             except KeyboardInterrupt as error:
-                _report_stopped("stopped", kwargs)
+                _report_stopped("stopped", again(), kwargs)
                 raise SystemExit(STOPPED) from error
             else:
                 for number, handler in before.items():
                     signal.signal(number, handler)
+                return result
 
     return run
 
@@ -139,9 +150,8 @@ class _Watch:
             self._cut_off()
 
 
-def _cut_off(options: dict[str, Any]) -> NoReturn:
+def _cut_off(command: str, options: dict[str, Any]) -> NoReturn:
     """End the process at once, whatever its other threads hold and whether anybody listens."""
-    command = _resuming()
     said = [(2, f"error: stopped\ngo on with: {command}\n")]
     if options.get("as_json"):
         said.append((1, _as_json("Stopped", "stopped", STOPPED, resume=command)))
@@ -159,6 +169,11 @@ def _resuming() -> str:
     words = list(sys.argv[1:])
     if "--resume" not in words:
         words.insert(words.index("merge") + 1 if "merge" in words else len(words), "--resume")
+    return command_line(*words)
+
+
+def command_line(*words: str) -> str:
+    """Return a command line as a shell takes it."""
     return " ".join(map(_quoted, ["streammerge", *words]))
 
 
@@ -170,9 +185,9 @@ def _quoted(word: str) -> str:
     return "$'" + "".join(shown.get(byte, f"\\x{byte:02x}") for byte in os.fsencode(word)) + "'"
 
 
-def _report_stopped(message: str, options: dict[str, Any]) -> None:
-    _report("Stopped", message, STOPPED, options, resume=_resuming())
-    remark(f"go on with: {_resuming()}")
+def _report_stopped(message: str, command: str, options: dict[str, Any]) -> None:
+    _report("Stopped", message, STOPPED, options, resume=command)
+    remark(f"go on with: {command}")
 
 
 def _report(kind: str, message: str, exit_code: int, options: dict[str, Any], **more: str) -> None:

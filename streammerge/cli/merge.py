@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from streammerge.cli.console import say, say_json, stopped_by_signals, with_exit_codes
+from streammerge.cli.console import remark, say, say_json, stopped_by_signals, with_exit_codes
 from streammerge.cli.options import merge_options
+from streammerge.cli.push import said_of, stoppable
 
 if TYPE_CHECKING:
     from streammerge.api import MergeResult
@@ -21,11 +22,19 @@ if TYPE_CHECKING:
 @click.option(
     "--time-limit", metavar="TIME", help="Stop after so long, like 50m; --resume goes on."
 )
+@click.option(
+    "--push", metavar="USER/NAME", help="Then bring it to this repository of the Hugging Face Hub."
+)
+@click.option("--private", is_flag=True, help="Make that repository a private one.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @with_exit_codes
-@stopped_by_signals
 def merge(
-    adapters: tuple[str, ...], output: str, quiet: bool, as_json: bool, **options: Any
+    adapters: tuple[str, ...],
+    output: str,
+    push: str | None,
+    private: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Merge ADAPTERS (PEFT directories) into one adapter.
 
@@ -35,15 +44,36 @@ def merge(
     Stopped by SIGTERM, SIGINT or --time-limit it keeps what is done, exits with 75 and prints the
     command that goes on; killed by anything else, the same command with --resume goes on.
     """
-    from streammerge.api import merge as run
-    from streammerge.cli.progress import Progress
+    from streammerge.pushing import check_push, upload
 
-    with Progress(quiet=quiet) as progress:
-        result = run(adapters, output, on_event=progress, **options)
+    if push is not None:
+        check_push(push)
+    result = _merge(adapters, output, as_json=as_json, **options)
+    if push is not None:
+        pushed = stoppable(upload, result.output, push, private=private, as_json=as_json)
+        for notice in pushed.notices:
+            remark(f"note: {notice}")
+        result = replace(result, pushed=pushed)
     if as_json:
         say_json(_facts(result))
     else:
         say(*_summary(result))
+
+
+@stopped_by_signals
+def _merge(
+    adapters: tuple[str, ...],
+    output: str,
+    *,
+    quiet: bool,
+    as_json: bool,  # noqa: ARG001  # stopped_by_signals looks at it
+    **options: Any,
+) -> MergeResult:
+    from streammerge.api import merge as run
+    from streammerge.cli.progress import Progress
+
+    with Progress(quiet=quiet) as progress:
+        return run(adapters, output, on_event=progress, **options)
 
 
 def _summary(result: MergeResult) -> list[str]:
@@ -64,6 +94,8 @@ def _summary(result: MergeResult) -> list[str]:
             f"cut to rank {plan.config['r']}: relative error {mean:.3g} on average, {worst:.3g} "
             f"at most ({target})"
         )
+    if result.pushed is not None:
+        lines.append(said_of(result.pushed))
     return lines
 
 
@@ -74,5 +106,6 @@ def _facts(result: MergeResult) -> dict[str, Any]:
         "write_bytes": result.plan.write_bytes,
         "seconds": result.seconds,
         "notices": list(result.notices),
+        "pushed": asdict(result.pushed) if result.pushed else None,
         "modules": [asdict(module) for module in result.modules],
     }

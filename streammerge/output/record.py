@@ -34,13 +34,13 @@ MAX_RECORD_BYTES = 2**30
 
 def write_config(directory: Path, plan: Plan) -> None:
     """Write adapter_config.json, and the index where there are shards."""
-    write_file(directory / CONFIG_NAME, _pretty(plan.config))
+    write_file(directory / CONFIG_NAME, render_json(plan.config))
     if len(plan.files) > 1:
         index = {
             "metadata": {"total_size": plan.write_bytes},
             "weight_map": {r.name: plan.files[r.file].name for r in plan.regions},
         }
-        write_file(directory / INDEX_NAME, _pretty(index))
+        write_file(directory / INDEX_NAME, render_json(index))
 
 
 def write_record(
@@ -103,13 +103,13 @@ def describe_tensor(region: Region, checksum: str) -> dict[str, Any]:
 def render_record(record: Mapping[str, Any]) -> bytes:
     """Return the text of a record: its JSON, with a checksum of that as its last field."""
     fields = {name: value for name, value in record.items() if name != _SEAL}
-    return _sealed(_pretty(fields))
+    return _sealed(render_json(fields))
 
 
 def write_timings(directory: Path, seconds: Mapping[str, float], total: float) -> None:
     """Write how long the run and each target took; this file differs from run to run."""
     write_file(
-        directory / TIMINGS_NAME, _pretty({"total_seconds": total, "target_seconds": seconds})
+        directory / TIMINGS_NAME, render_json({"total_seconds": total, "target_seconds": seconds})
     )
 
 
@@ -265,7 +265,8 @@ def _is_sealed(path: Path) -> bool:
     return text == body + _seal(body)
 
 
-def _pretty(value: Any) -> bytes:
+def render_json(value: Any) -> bytes:
+    """Return the text of a JSON file with a line for each entry, as those of an output are."""
     return (_lines(value, 2) + "\n").encode()
 
 
