@@ -24,7 +24,6 @@ from streammerge.errors import (
     MissingFileError,
     PushError,
     RecipeError,
-    StorageError,
     printable,
 )
 from streammerge.files import read_whole
@@ -342,13 +341,14 @@ def _reason(error: Exception) -> tuple[int | None, str]:
             wait = _wait(response) if status == 429 else ""
             return status, f"{_ANSWERS.get(status, usual)}{wait} ({said})"
     root = chain[-1]
-    if isinstance(root, StorageError):
-        return None, str(root)
-    first = " ".join(_safe(str(root)).splitlines()[:1])
-    return (
-        None,
-        f"the Hub was not reached, or the line was cut ({type(root).__name__}: {first})",
-    )
+    said = f"{type(root).__name__}: {' '.join(_safe(str(root)).splitlines()[:1])}"
+    cut = any(isinstance(link, OSError) or _speaks_http(link) for link in chain)
+    return None, f"{'the Hub was not reached, or the line was cut' if cut else 'fails'} ({said})"
+
+
+def _speaks_http(error: BaseException) -> bool:
+    """Whether an error comes from the library that talks HTTP; there have been several."""
+    return type(error).__module__.split(".")[0].startswith(("httpx", "httpcore", "requests"))
 
 
 def _wait(response: Any) -> str:

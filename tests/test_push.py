@@ -1,0 +1,394 @@
+"""Outputs brought to the Hub: what is uploaded, what is left alone, and what fails how."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import streammerge
+from hub_uploads import TOKEN, Fault, Hub, environment, serving
+from making import CONFIG, INDEX, WEIGHTS, contents, linear, write_adapter
+from streammerge.card import CARD_NAME, is_own_card
+from streammerge.cli import main
+from streammerge.errors import MissingFileError, PushError, RecipeError, VerificationError
+from streammerge.output.staging import MARK_NAME
+
+# huggingface_hub sends its commits in a way that the newest httpx does not like.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+REPO = "alice/merged"
+TARGETS = {"model.up": linear(20, 12, 3), "model.down": linear(12, 20, 3)}
+OURS = [".gitattributes", CARD_NAME, CONFIG, WEIGHTS, MARK_NAME]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two outputs of adapters that lie, like their base, where nobody need know of."""
+    folder = tmp_path_factory.mktemp("home-of-a-secret-project")
+    sources = [
+        write_adapter(
+            folder / f"adapter-{i}", TARGETS, seed=i, base_model_name_or_path=f"{folder}/base"
+        )
+        for i in range(2)
+    ]
+    streammerge.merge(sources, folder / "one", workers=1)
+    streammerge.merge(sources, folder / "shards", workers=1, max_shard_size=500)
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub of its own, which this process takes for the real one; nothing waits for it long."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    with serving() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(_http.time, "sleep", lambda _: None)
+        yield server
+        _http.close_session()
+
+
+def invoke(*arguments: str) -> Result:
+    found = CliRunner().invoke(main, arguments)
+    assert found.exception is None or isinstance(found.exception, SystemExit), found.exception
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# What is uploaded
+
+
+def test_a_push(made: Path, hub: Hub) -> None:
+    pushed = streammerge.push(made / "one", REPO)
+    repo = hub.repos[REPO]
+    assert sorted(repo.files) == sorted(OURS)
+    assert not repo.private
+    assert pushed.commit == repo.head
+    assert pushed.url == f"{hub.url}/{REPO}"
+    assert sorted(pushed.files) == sorted(OURS[1:])
+    assert repo.files[WEIGHTS] == (made / "one" / WEIGHTS).read_bytes()
+    assert repo.messages[-1] == "Upload a merge by streammerge"
+
+
+def test_no_place_on_this_machine_is_uploaded(made: Path, hub: Hub) -> None:
+    pushed = streammerge.push(made / "one", REPO)
+    for name, data in hub.repos[REPO].files.items():
+        assert b"secret-project" not in data, name
+        assert b"/tmp" not in data, name
+    record = json.loads(hub.repos[REPO].files[MARK_NAME])
+    assert record["recipe"]["adapters"] == ["adapter-0", "adapter-1"]
+    assert [entry["path"] for entry in record["inputs"]] == ["adapter-0", "adapter-1"]
+    assert json.loads(hub.repos[REPO].files[CONFIG])["base_model_name_or_path"] is None
+    (notice,) = pushed.notices
+    assert "place on this machine" in notice
+
+
+@pytest.mark.parametrize("which", ["one", "shards"])
+def test_what_was_uploaded_verifies(which: str, made: Path, hub: Hub, tmp_path: Path) -> None:
+    """Downloaded again it is an output like any other, every checksum right."""
+    streammerge.push(made / which, REPO)
+    (tmp_path / "down").mkdir()
+    for name, data in hub.repos[REPO].files.items():
+        (tmp_path / "down" / name).write_bytes(data)
+    assert streammerge.verify(tmp_path / "down").checksums
+    (tmp_path / "down" / CONFIG).write_text("{}")
+    with pytest.raises(VerificationError, match=CONFIG):
+        streammerge.verify(tmp_path / "down")
+
+
+def test_a_config_without_places_is_uploaded_as_it_is(tmp_path: Path, hub: Hub) -> None:
+    streammerge.merge([write_adapter(tmp_path / "a", TARGETS)], tmp_path / "out", workers=1)
+    assert streammerge.push(tmp_path / "out", REPO).notices == ()
+    assert hub.repos[REPO].files[CONFIG] == (tmp_path / "out" / CONFIG).read_bytes()
+
+
+def test_what_was_carried_over_stays(tmp_path: Path, hub: Hub) -> None:
+    source = write_adapter(tmp_path / "in", TARGETS)
+    (source / "notes.txt").write_text("mine")
+    (source / CARD_NAME).write_text("# my own card\n")
+    streammerge.consolidate(source, tmp_path / "out")
+    pushed = streammerge.push(tmp_path / "out", REPO)
+    assert pushed.notices == ("notes.txt: not uploaded, for a merge does not make them",)
+    files = hub.repos[REPO].files
+    assert files[CARD_NAME] == b"# my own card\n"
+    assert sorted(files) == sorted(OURS)
+    assert json.loads(files[MARK_NAME])["consolidated"]["path"] == "in"
+
+
+def test_private(made: Path, hub: Hub) -> None:
+    streammerge.push(made / "one", REPO, private=True, message="mine")
+    assert hub.repos[REPO].private
+    assert hub.repos[REPO].messages[-1] == "mine"
+    streammerge.push(made / "shards", REPO, private=True)
+    hub.make("alice/public")
+    with pytest.raises(PushError, match="is public"):
+        streammerge.push(made / "one", "alice/public", private=True)
+    assert list(hub.repos["alice/public"].files) == [".gitattributes"]
+
+
+# ---------------------------------------------------------------------------------------------
+# What is there already
+
+
+def test_again_sends_nothing(made: Path, hub: Hub) -> None:
+    first = streammerge.push(made / "one", REPO)
+    sent = hub.received
+    assert streammerge.push(made / "one", REPO) == first
+    assert hub.received == sent
+
+
+def test_an_earlier_merge_is_replaced_whole(made: Path, hub: Hub) -> None:
+    """A file of weights that stayed would be loaded in the place of the shards."""
+    streammerge.push(made / "one", REPO)
+    streammerge.push(made / "shards", REPO)
+    files = hub.repos[REPO].files
+    assert WEIGHTS not in files
+    assert INDEX in files
+    streammerge.push(made / "one", REPO)
+    assert sorted(hub.repos[REPO].files) == sorted(OURS)
+
+
+def test_what_is_not_ours_stays(made: Path, hub: Hub) -> None:
+    hub.make(REPO, {"picture.png": b"png", CARD_NAME: b"# mine\n"})
+    pushed = streammerge.push(made / "one", REPO)
+    files = hub.repos[REPO].files
+    assert files["picture.png"] == b"png"
+    assert files[CARD_NAME] == b"# mine\n"
+    assert CARD_NAME not in pushed.files
+    assert any("left as it is" in notice for notice in pushed.notices)
+    streammerge.push(made / "one", REPO, overwrite=True)
+    assert is_own_card(hub.repos[REPO].files[CARD_NAME].decode())
+
+
+def test_an_edited_card_stays(made: Path, hub: Hub) -> None:
+    streammerge.push(made / "one", REPO)
+    repo = hub.repos[REPO]
+    edited = repo.files[CARD_NAME].replace(b"# merged", b"# merged, and fine")
+    repo.commit({**repo.files, CARD_NAME: edited}, "edited")
+    streammerge.push(made / "shards", REPO)
+    assert repo.files[CARD_NAME] == edited
+
+
+def test_somebody_elses_adapter_is_not_replaced(made: Path, hub: Hub) -> None:
+    hub.make(REPO, {WEIGHTS: b"precious"})
+    with pytest.raises(PushError, match="holds an adapter that is not streammerge's"):
+        streammerge.push(made / "one", REPO)
+    assert hub.repos[REPO].files[WEIGHTS] == b"precious"
+    streammerge.push(made / "one", REPO, overwrite=True)
+    assert hub.repos[REPO].files[WEIGHTS] == (made / "one" / WEIGHTS).read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------
+# What is refused before anything is sent
+
+
+@pytest.mark.parametrize("repo", ["", "merged", "a/b/c", "../x", "alice/", "alice/a b", "a--b/c"])
+def test_an_id_that_is_none(repo: str, made: Path, hub: Hub) -> None:
+    with pytest.raises(RecipeError, match="is not the id of a repository"):
+        streammerge.push(made / "one", repo)
+    assert hub.requests == []
+
+
+def test_no_token(made: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also before a merge, which may take hours."""
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(RecipeError, match="no token"):
+        streammerge.push(made / "one", REPO)
+    out = tmp_path / "out"
+    found = invoke("merge", str(made / "adapter-0"), "-o", str(out), "--push", REPO)
+    assert found.exit_code == 2
+    assert not out.exists()
+    assert hub.requests == []
+
+
+def test_offline(made: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RecipeError, match="HF_HUB_OFFLINE"):
+        streammerge.push(made / "one", REPO)
+    assert hub.requests == []
+
+
+def test_what_is_no_output(tmp_path: Path, hub: Hub) -> None:
+    with pytest.raises(MissingFileError, match=r"streammerge\.json"):
+        streammerge.push(write_adapter(tmp_path / "a", TARGETS), REPO)
+    assert hub.repos == {}
+
+
+def test_a_spoilt_output_is_not_pushed(made: Path, tmp_path: Path, hub: Hub) -> None:
+    out = shutil.copytree(made / "one", tmp_path / "out")
+    content = bytearray((out / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (out / WEIGHTS).write_bytes(content)
+    found = invoke("push", str(out), REPO)
+    assert found.exit_code == 1
+    assert "was changed" in found.stderr
+    assert hub.repos == {}
+
+
+# ---------------------------------------------------------------------------------------------
+# What fails on the way
+
+ENDLESS = 1000
+FAULTS = {
+    "not the token": (Fault("create", 401, ENDLESS), 401, "hf auth login"),
+    "no right": (Fault("create", 403, ENDLESS), 403, "may not write"),
+    "not found": (Fault("preupload", 404, ENDLESS), 404, "check the name"),
+    "changed meanwhile": (Fault("POST .*commit", 412), 412, "at the same time"),
+    "conflict": (Fault("POST .*commit", 409), 409, "at the same time"),
+    "too many": (Fault("batch", 429, ENDLESS, {"Retry-After": "30"}), 429, "wait 30 s"),
+    "too large": (Fault("PUT /lfs", 413, ENDLESS), 413, "too large"),
+    "down": (Fault("POST .*commit", 503, ENDLESS), 503, "try later"),
+    "down at the start": (Fault("create", 500), 500, "try later"),
+    "cut in the middle": (Fault("PUT /lfs", None, ENDLESS), None, "the line was cut"),
+    "cut at the end": (Fault("POST .*commit", None, ENDLESS), None, "the line was cut"),
+}
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_a_failure_is_explained_and_gone_on_from(what: str, made: Path, hub: Hub) -> None:
+    fault, status, message = FAULTS[what]
+    hub.faults.append(fault)
+    before = contents(made)
+    with pytest.raises(PushError, match=message) as caught:
+        streammerge.push(made / "one", REPO)
+    error = caught.value
+    assert error.status == status
+    assert (error.repo, error.output) == (REPO, str(made / "one"))
+    assert f"streammerge push {made / 'one'} {REPO}" in str(error)
+    assert TOKEN not in str(error)
+    assert contents(made) == before
+    sent = hub.received
+    hub.faults.clear()
+    streammerge.push(made / "one", REPO)
+    assert sorted(hub.repos[REPO].files) == sorted(OURS)
+    size = (made / "one" / WEIGHTS).stat().st_size
+    assert hub.received == max(sent, size), "what was there was sent again"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("PUT /lfs", None, 2),
+        Fault("preupload", 503, 2),
+        Fault("batch", 429, 1, {"Retry-After": "1"}),
+    ],
+    ids=["cut", "down", "too many"],
+)
+def test_what_passes_is_waited_for(fault: Fault, made: Path, hub: Hub) -> None:
+    hub.faults.append(fault)
+    streammerge.push(made / "one", REPO)
+    assert fault.times == 0
+    assert sorted(hub.repos[REPO].files) == sorted(OURS)
+
+
+def test_a_namespace_of_somebody_else(made: Path, hub: Hub) -> None:
+    with pytest.raises(PushError, match="may not write") as caught:
+        streammerge.push(made / "one", "bob/merged")
+    assert caught.value.status == 403
+    assert hub.repos == {}
+
+
+def test_nobody_listens(made: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(PushError, match="was not reached") as caught:
+        streammerge.push(made / "one", REPO)
+    assert caught.value.status is None
+    assert hub.requests == []
+
+
+def test_the_token_is_not_printed(made: Path, hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
+    """Even where the Hub itself says it."""
+    hub.faults.append(Fault("create", 403, ENDLESS, message=f"{TOKEN} may not\x1b[2J"))
+    found = invoke("push", str(made / "one"), REPO)
+    assert found.exit_code == 1
+    assert TOKEN not in found.output + caplog.text
+    assert "\x1b" not in found.output
+    assert "*** may not" in found.stderr
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+
+
+def test_merge_and_push(made: Path, hub: Hub, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    adapters = [str(made / f"adapter-{i}") for i in range(2)]
+    merge = ["merge", *adapters, "-o", str(out), "--workers", "1", "--json"]
+    found = invoke(*merge, "--push", REPO, "--private")
+    assert found.exit_code == 0, found.output
+    facts = json.loads(found.stdout)
+    assert facts["pushed"]["commit"] == hub.repos[REPO].head
+    assert hub.repos[REPO].private
+    assert hub.repos[REPO].files[WEIGHTS] == (out / WEIGHTS).read_bytes()
+
+
+def test_a_push_that_fails_after_a_merge(made: Path, hub: Hub, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    hub.faults.append(Fault("create", 403, ENDLESS))
+    merge = ["merge", str(made / "adapter-0"), "-o", str(out), "--workers", "1"]
+    found = invoke(*merge, "--push", REPO, "--json")
+    assert found.exit_code == 1
+    assert json.loads(found.stdout)["error"]["type"] == "PushError"
+    assert f"streammerge push {out} {REPO}" in found.stderr
+    assert streammerge.verify(out).checksums
+    hub.faults.clear()
+    found = invoke("push", str(out), REPO)
+    assert found.exit_code == 0, found.output
+    assert found.stdout.startswith(f"{hub.url}/{REPO}: 4 files, commit ")
+
+
+def test_the_python_call(made: Path, hub: Hub, tmp_path: Path) -> None:
+    from streammerge import events
+
+    told: list[events.Event] = []
+    result = streammerge.merge(
+        [made / "adapter-0"], tmp_path / "out", workers=1, push=REPO, on_event=told.append
+    )
+    assert result.pushed is not None
+    assert result.pushed.commit == hub.repos[REPO].head
+    assert any("place on this machine" in e.message for e in told if isinstance(e, events.Notice))
+
+
+def test_stopped_during_the_push(made: Path, hub: Hub, tmp_path: Path) -> None:
+    """Exit code 75, and the command that goes on: the merge itself is done."""
+    out = tmp_path / "out"
+    hub.faults.append(Fault("PUT /lfs", 503, ENDLESS))  # the client waits and tries again
+    command = [sys.executable, "-m", "streammerge.cli", "merge", str(made / "adapter-0")]
+    process = subprocess.Popen(
+        [*command, "-o", str(out), "--push", REPO, "--private", "--workers", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment(hub, tmp_path / "home"),
+    )
+    deadline = time.monotonic() + 60
+    while not any("PUT /lfs" in r for r in hub.requests) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 75, said
+    assert f"go on with: streammerge push {out} {REPO} --private" in said
+    assert "Traceback" not in said
+    assert TOKEN not in said
+    assert streammerge.verify(out).checksums
