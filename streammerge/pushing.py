@@ -25,8 +25,9 @@ from streammerge.errors import (
     PushError,
     RecipeError,
     printable,
+    shorten,
 )
-from streammerge.files import read_whole
+from streammerge.files import check_inside, read_whole
 from streammerge.output.record import (
     digest,
     read_record,
@@ -194,13 +195,29 @@ def publish(output: Path, repo: str) -> Publication:
             others[CONFIG_NAME], more = _public_config(output, config)
             notices += more
         shown["other_files"] = {name: _digest(data) for name, data in others.items()}
-        files: dict[str, bytes | Path] = {
-            str(facts["name"]): output / str(facts["name"]) for facts in record["files"]
-        }
+        files: dict[str, bytes | Path] = {name: output / name for name in _weights(output, record)}
         own = output / CARD_NAME
         card = own if own.is_file() else render_card(record, config, repo).encode()
         files |= {**others, MARK_NAME: render_record(shown), CARD_NAME: card}
+    for data in files.values():
+        if isinstance(data, Path):
+            check_inside(data)  # what a link leads to is not meant to be published
     return Publication(files, tuple(notices))
+
+
+def _weights(output: Path, record: Mapping[str, Any]) -> list[str]:
+    """Return the names of the files of weights.
+
+    Raises:
+        CorruptFileError: one is no name of such a file; it may lead anywhere.
+    """
+    names = [str(facts["name"]) for facts in record["files"]]
+    for name in names:
+        if not OWN_FILES.fullmatch(name):
+            raise CorruptFileError(
+                f"names {shorten(name)} as a file of weights", path=str(output / MARK_NAME)
+            )
+    return names
 
 
 def _config(output: Path) -> dict[str, Any]:

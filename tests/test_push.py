@@ -20,8 +20,16 @@ from hub_uploads import TOKEN, Fault, Hub, environment, serving
 from making import CONFIG, INDEX, WEIGHTS, contents, linear, write_adapter
 from streammerge.card import CARD_NAME, is_own_card
 from streammerge.cli import main
-from streammerge.errors import MissingFileError, PushError, RecipeError, VerificationError
+from streammerge.errors import (
+    CorruptFileError,
+    MissingFileError,
+    PushError,
+    RecipeError,
+    VerificationError,
+)
+from streammerge.output.record import render_record
 from streammerge.output.staging import MARK_NAME
+from streammerge.pushing import publish
 
 # huggingface_hub sends its commits in a way that the newest httpx does not like.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -241,6 +249,28 @@ def test_a_spoilt_output_is_not_pushed(made: Path, tmp_path: Path, hub: Hub) -> 
     found = invoke("push", str(out), REPO)
     assert found.exit_code == 1
     assert "was changed" in found.stderr
+    assert hub.repos == {}
+
+
+def test_a_link_out_of_an_output_is_not_followed(made: Path, tmp_path: Path, hub: Hub) -> None:
+    (tmp_path / "secret").write_text("of mine")
+    out = shutil.copytree(made / "one", tmp_path / "out")
+    (out / CARD_NAME).symlink_to(tmp_path / "secret")
+    with pytest.raises(CorruptFileError, match="is a link to"):
+        streammerge.push(out, REPO)
+    assert hub.repos == {}
+
+
+def test_a_record_that_names_a_file_elsewhere(made: Path, tmp_path: Path, hub: Hub) -> None:
+    """It may have come with the output from anybody."""
+    out = shutil.copytree(made / "one", tmp_path / "out")
+    record = json.loads((out / MARK_NAME).read_text())
+    record["files"][0]["name"] = f"../out/{WEIGHTS}"
+    (out / MARK_NAME).write_bytes(render_record(record))
+    with pytest.raises((CorruptFileError, VerificationError)):
+        streammerge.push(out, REPO)
+    with pytest.raises(CorruptFileError, match="as a file of weights"):
+        publish(out, REPO)
     assert hub.repos == {}
 
 
