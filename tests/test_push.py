@@ -9,14 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 import streammerge
-from hub_uploads import TOKEN, Fault, Hub, environment, serving
+from hub_here import hub_here
+from hub_uploads import TOKEN, Fault, Hub, environment
 from making import CONFIG, INDEX, WEIGHTS, contents, linear, write_adapter
 from streammerge.card import CARD_NAME, is_own_card
 from streammerge.cli import main
@@ -54,23 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A Hub of its own, which this process takes for the real one; nothing waits for it long."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import _http
-
-    with serving() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(_http.time, "sleep", lambda _: None)
-        yield server
-        _http.close_session()
+hub = pytest.fixture(hub_here)
 
 
 def invoke(*arguments: str) -> Result:
