@@ -152,7 +152,7 @@ def _how(record: Mapping[str, Any], config: Mapping[str, Any] | None) -> Iterato
     if "dtype" in record:
         yield f"- dtype of the result: {code(record['dtype'])}"
     for name, value in recipe.items():
-        if name not in _QUIET and value not in (None, False):
+        if name not in _QUIET and value is not None and value is not False:
             yield f"- {code(name)}: {code(value if isinstance(value, str) else json.dumps(value))}"
     for name, value in record.get("fingerprint", {}).items():
         yield f"- computed with {code(name)}: {code(value)}"

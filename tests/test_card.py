@@ -88,6 +88,7 @@ def test_what_it_says(made: tuple[dict[str, Any], dict[str, Any]]) -> None:
     assert record["inputs"][1]["xxh3"] in text
     assert "method: `dare_linear_svd` (rule `dare_linear`, space `delta`)" in text
     assert "- `density`: `0.5`" in text
+    assert "- `majority_sign`: `total`" in text
     assert "- `seed`: `7`" in text
     assert f"`{record['fingerprint']['torch']}`" in text
     assert f"- targets: 2; tensors: {len(record['tensors'])}" in text
