@@ -11,16 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streammerge import events
+from streammerge import events, pushing
 from streammerge.adapter import Adapter, NameTable
 from streammerge.budget import CPU, parse_duration
 from streammerge.consolidation import consolidate
-from streammerge.errors import printable
+from streammerge.errors import PublishedError, printable
 from streammerge.output.record import write_timings
 from streammerge.output.staging import Staging, check_output
 from streammerge.plans import Plan
 from streammerge.preparation import StrPath, make_recipe, open_cluster, prepare
-from streammerge.pushing import Pushed, check_push, push, upload
+from streammerge.pushing import Pushed, push
 from streammerge.readers import read_adapter
 from streammerge.verification import verify
 
@@ -224,7 +224,7 @@ def merge(
             what was done is kept.
         StoppedError: at the time limit; what is done is kept.
         PublishedError: with `resume`, the output is there already, made by this very merge, which
-            was killed while it cleared up.
+            was killed while it cleared up. It has been pushed, where that was asked for.
         PushError: the output is there, and could not be brought to the Hub.
         KeyboardInterrupt: at a signal; what is done is kept. None once the output is published,
             but for one during the push.
@@ -235,7 +235,7 @@ def merge(
         deadline = time.monotonic() + parse_duration(time_limit, option="time_limit")
     tell = on_event or _warn
     if push is not None:
-        check_push(push)
+        pushing.check_push(push)
     recipe = make_recipe(
         adapters,
         method=method,
@@ -255,7 +255,12 @@ def merge(
         strict_base=strict_base,
         max_shard_size=max_shard_size,
     )
-    Staging(Path(output)).settle(recipe.to_dict() if resume else None)
+    try:
+        Staging(Path(output)).settle(recipe.to_dict() if resume else None)
+    except PublishedError:
+        if push is not None:
+            pushing.push(output, push, private=private)
+        raise
     check_output(Path(output), overwrite=overwrite)
     with open_cluster(scheduler) as cluster:
         planned, manifests = prepare(
@@ -301,7 +306,7 @@ def _with_push(
     result: MergeResult, repo: str, tell: events.OnEvent, *, private: bool
 ) -> MergeResult:
     """Bring a merge's output to the Hub; it has been read back just now."""
-    pushed = upload(result.output, repo, private=private)
+    pushed = pushing.upload(result.output, repo, private=private)
     for notice in pushed.notices:
         tell(events.Notice(notice))
     return replace(result, notices=(*result.notices, *pushed.notices), pushed=pushed)

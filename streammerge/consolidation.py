@@ -55,6 +55,9 @@ from streammerge.readers.windows import OpenFiles, pread
 MAX_CARRIED = 1000
 """Files beside the weights that are carried over."""
 
+MAX_OPEN_FILES = 4
+"""Shards are read one after another."""
+
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 """What may be weights too: it would be loaded in the place of those that are meant."""
 
@@ -265,7 +268,7 @@ def _copy(source: _Source, regions: Sequence[Region], path: Path, start: int) ->
     recorded = _recorded(source)
     checksums: dict[str, str] = {}
     problems = []
-    files = OpenFiles()
+    files = OpenFiles(MAX_OPEN_FILES)
     window = pread(files)
     try:
         for region, (header, entry) in zip(regions, source.places, strict=True):

@@ -188,6 +188,27 @@ def test_code_cannot_be_left() -> None:
         assert outside_code(f"a\n{block('sh', text)}\nb") == "a\n\nb"
 
 
+def test_a_card_of_what_was_not_merged() -> None:
+    """Of shards by somebody else that were made one file."""
+    record: dict[str, Any] = {
+        "streammerge": "1.0",
+        "consolidated": {"path": "/home/me/x", "files": {"a": 1, "b": 2}},
+        "files": [{"name": "adapter_model.safetensors"}],
+        "tensors": {"t": {}},
+    }
+    config = {"base_model_name_or_path": "org/base", "r": 8, "task_type": "SEQ_2_SEQ_LM"}
+    card = render_card(record, config, "a/b")
+    assert "whose files were made into one by streammerge `1.0`" in card
+    assert "2 file(s) of weights were made into one afterwards" in card
+    assert "AutoModelForSeq2SeqLM" in card
+    assert "How it was trained or merged is not known" in card
+    assert "/home" not in card
+    record["files"] = [{"name": "pytorch_lora_weights.safetensors"}]
+    card = render_card(record, None, "a/b")
+    assert front_matter(card)["library_name"] == "diffusers"
+    assert "load_lora_weights" in card
+
+
 def test_figures_that_are_none() -> None:
     record: dict[str, Any] = {
         "recipe": {"adapters": ["a"], "weights": [float("nan")], "method": "svd"},

@@ -36,7 +36,7 @@ from making import (
     write_files,
     write_shards,
 )
-from streammerge import consolidation
+from streammerge import consolidation, events
 from streammerge.cli import main
 from streammerge.errors import (
     CorruptFileError,
@@ -45,9 +45,11 @@ from streammerge.errors import (
     MissingFileError,
     OutputExistsError,
     StorageError,
+    UnfinishedError,
     VerificationError,
 )
-from streammerge.output.staging import MARK_NAME, staging_path
+from streammerge.output.journal import Journal
+from streammerge.output.staging import MARK_NAME, journal_path, staging_path
 
 TIMINGS = "streammerge-timings.json"
 TARGETS = {
@@ -165,6 +167,38 @@ def test_in_place(merged: Path, shards: Path) -> None:
     assert names(shards) == [CONFIG, WEIGHTS, TIMINGS, MARK_NAME]
     assert (shards / WEIGHTS).read_bytes() == (merged / "one" / WEIGHTS).read_bytes()
     assert names(shards.parent) == ["shards"]
+
+
+def test_in_place_after_a_kill_between_two_renames(merged: Path, shards: Path) -> None:
+    """Where the file system cannot exchange names: the source has another name then."""
+    out = shards.rename(shards.with_name(".shards.streammerge-old"))
+    staging_path(shards).mkdir()
+    journal = Journal(journal_path(shards))
+    journal.begin({"recipe": None}, ())
+    journal.publish(None)
+    journal.close()
+    streammerge.consolidate(shards, shards, overwrite=True)
+    assert not out.exists()
+    assert names(shards.parent) == ["shards"]
+    assert (shards / WEIGHTS).read_bytes() == (merged / "one" / WEIGHTS).read_bytes()
+
+
+def test_an_unfinished_merge_is_not_dropped(merged: Path, shards: Path) -> None:
+    out = shards.parent / "out"
+    sources = [merged / f"{seed}" for seed in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        streammerge.merge(sources, out, workers=1, on_event=stop_at_a_target)
+    before = contents(shards.parent)
+    with pytest.raises(UnfinishedError):
+        streammerge.consolidate(shards, out)
+    assert contents(shards.parent) == before
+    streammerge.consolidate(shards, out, overwrite=True)
+    assert names(shards.parent) == ["out", "shards"]
+
+
+def stop_at_a_target(event: events.Event) -> None:
+    if isinstance(event, events.TaskDone):
+        raise KeyboardInterrupt
 
 
 # ---------------------------------------------------------------------------------------------

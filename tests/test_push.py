@@ -23,12 +23,13 @@ from streammerge.cli import main
 from streammerge.errors import (
     CorruptFileError,
     MissingFileError,
+    PublishedError,
     PushError,
     RecipeError,
     VerificationError,
 )
 from streammerge.output.record import render_record
-from streammerge.output.staging import MARK_NAME
+from streammerge.output.staging import MARK_NAME, Staging, journal_path
 from streammerge.pushing import publish
 
 # huggingface_hub sends its commits in a way that the newest httpx does not like.
@@ -406,3 +407,29 @@ def test_stopped_during_the_push(made: Path, hub: Hub, tmp_path: Path) -> None:
     assert "Traceback" not in said
     assert TOKEN not in said
     assert streammerge.verify(out).checksums
+
+
+def test_going_on_with_a_merge_that_is_done_pushes_it(
+    made: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was killed while it cleared up: its journal is still there."""
+    publish_it = Staging.publish
+
+    def publish_and_die(staging: Staging) -> None:
+        publish_it(staging)
+        staging.journal.remove = staging.journal.close  # type: ignore[method-assign]
+
+    adapters, out = [str(made / f"adapter-{i}") for i in range(2)], tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(Staging, "publish", publish_and_die)
+        streammerge.merge(adapters, out, workers=1)
+    journal = journal_path(out).read_bytes()
+    found = invoke("merge", *adapters, "-o", str(out), "--resume", "--push", REPO)
+    assert found.exit_code == 0, found.output
+    assert "what this merge has made" in found.stderr
+    assert hub.repos[REPO].files[WEIGHTS] == (out / WEIGHTS).read_bytes()
+
+    journal_path(out).write_bytes(journal)
+    with pytest.raises(PublishedError):
+        streammerge.merge(adapters, out, resume=True, push="alice/again")
+    assert hub.repos["alice/again"].files[WEIGHTS] == (out / WEIGHTS).read_bytes()

@@ -44,15 +44,22 @@ def merge(
     Stopped by SIGTERM, SIGINT or --time-limit it keeps what is done, exits with 75 and prints the
     command that goes on; killed by anything else, the same command with --resume goes on.
     """
+    from streammerge.api import push as verify_and_push
+    from streammerge.errors import PublishedError
     from streammerge.pushing import check_push, upload
 
     if push is not None:
         check_push(push)
-    result = _merge(adapters, output, as_json=as_json, **options)
+    try:
+        result = _merge(adapters, output, as_json=as_json, **options)
+    except PublishedError:
+        if push is not None:
+            remark(
+                said_of(stoppable(verify_and_push, output, push, private=private, as_json=as_json))
+            )
+        raise
     if push is not None:
         pushed = stoppable(upload, result.output, push, private=private, as_json=as_json)
-        for notice in pushed.notices:
-            remark(f"note: {notice}")
         result = replace(result, pushed=pushed)
     if as_json:
         say_json(_facts(result))

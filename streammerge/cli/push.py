@@ -41,8 +41,6 @@ def push(output: str, repo: str, as_json: bool, **options: Any) -> None:
     from streammerge.api import push as run
 
     pushed = stoppable(run, output, repo, as_json=as_json, **options)
-    for notice in pushed.notices:
-        remark(f"note: {notice}")
     if as_json:
         say_json(asdict(pushed))
     else:
@@ -52,14 +50,18 @@ def push(output: str, repo: str, as_json: bool, **options: Any) -> None:
 def stoppable(
     call: Callable[..., Pushed], output: Any, repo: str, *, as_json: bool, **options: Any
 ) -> Pushed:
-    """Call what pushes an output; stopped by a signal, it says how to go on."""
+    """Call what pushes an output, and tell its notices; stopped by a signal, it says how to go
+    on."""
     words = ["push", str(output), repo]
     for name, value in options.items():
         words += [f"--{name}"] if value is True else [f"--{name}", value] if value else []
     run = stopped_by_signals(
         lambda **_: call(output, repo, **options), lambda: command_line(*words)
     )
-    return run(as_json=as_json)
+    pushed = run(as_json=as_json)
+    for notice in pushed.notices:
+        remark(f"note: {notice}")
+    return pushed
 
 
 def said_of(pushed: Pushed) -> str:
