@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hub_uploads import Hub, environment, serving
+from hub_uploads import Hub, serving
 
 SENTENCES = (
     "the adapters of a model are merged into one",
@@ -103,7 +103,7 @@ def generate(base: Path, **where: Any) -> str:
 def upload(hub: Hub, adapters: Mapping[str, Path]) -> None:
     """Put the adapters on the Hub."""
     for name, path in adapters.items():
-        hub.make(name, {file.name: file.read_bytes() for file in path.iterdir()})
+        hub.add(name, path)
 
 
 def main() -> None:
@@ -116,12 +116,12 @@ def main() -> None:
         base = make_base(folder)
         adapters = make_adapters(base, folder)
         upload(hub, adapters)
-        variables = environment(hub, folder / "home")
+        variables = hub.variables(folder / "home")
         print(f"$ {run_merge(adapters, folder / 'OUT', variables)}", flush=True)
         print(f"{MERGED}, loaded by PEFT, writes:", flush=True)
         loading = [sys.executable, __file__, str(base)]
         subprocess.run(loading, check=True, env=os.environ | variables)
-        print(f"\nIts card:\n\n{hub.repos[MERGED].files['README.md'].decode()}")
+        print(f"\nIts card:\n\n{hub.files(MERGED)['README.md'].decode()}")
 
 
 if __name__ == "__main__":

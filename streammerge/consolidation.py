@@ -17,7 +17,7 @@ from typing import Any
 
 import xxhash
 
-from streammerge.adapter import INDEX_NAME, WEIGHTS_NAME
+from streammerge.adapter import INDEX_NAME, WEIGHTS_NAME, TensorFile
 from streammerge.errors import (
     CorruptFileError,
     InputUnreadableError,
@@ -50,7 +50,7 @@ from streammerge.output.writer import (
 from streammerge.plans import Region
 from streammerge.readers.header import Entry, Header
 from streammerge.readers.peft import read_headers
-from streammerge.readers.windows import OpenFiles, pread
+from streammerge.readers.windows import OpenFiles, Window, pread
 
 MAX_CARRIED = 1000
 """Files beside the weights that are carried over."""
@@ -224,7 +224,7 @@ def _write(source: _Source, directory: Path) -> None:
     header = render_header(regions, _metadata(source.headers))
     path = directory / WEIGHTS_NAME
     allocate_file(path, header, source.data_bytes)
-    checksums = _copy(source, regions, path, len(header))
+    checksums = _copy(source, path, len(header))
     sync_file(path)
     _read_back(directory, regions, len(header), checksums)
     carried = {name: _carry(source.directory / name, directory / name) for name in source.carried}
@@ -257,7 +257,7 @@ def _metadata(headers: Sequence[Header]) -> dict[str, str]:
     return {**METADATA, **agreed}
 
 
-def _copy(source: _Source, regions: Sequence[Region], path: Path, start: int) -> dict[str, str]:
+def _copy(source: _Source, path: Path, start: int) -> dict[str, str]:
     """Copy every tensor to its place, and return their checksums.
 
     Raises:
@@ -271,20 +271,32 @@ def _copy(source: _Source, regions: Sequence[Region], path: Path, start: int) ->
     files = OpenFiles(MAX_OPEN_FILES)
     window = pread(files)
     try:
-        for region, (header, entry) in zip(regions, source.places, strict=True):
-            with RegionWriter(path, start, region) as writer:
-                for done in range(0, entry.nbytes, READ_BYTES):
-                    size = min(READ_BYTES, entry.nbytes - done)
-                    writer.append(window(header.file, entry.offset + done, size).data)
-            checksums[region.name] = writer.checksum
-            if recorded is not None and recorded.get(region.name) != writer.checksum:
-                problems.append(f"{Path(header.file.path).name}: {region.name} was changed")
+        # One region for all of them: there may be tens of thousands of tensors of a few KiB.
+        with RegionWriter(path, start, _whole(source.data_bytes)) as writer:
+            for header, entry in source.places:
+                digest = xxhash.xxh3_128()
+                for piece in _pieces(window, header.file, entry):
+                    digest.update(piece)
+                    writer.append(piece)
+                checksums[entry.name] = digest.hexdigest()
+                if recorded is not None and recorded.get(entry.name) != digest.hexdigest():
+                    problems.append(f"{Path(header.file.path).name}: {entry.name} was changed")
         files.check(header.file for header in source.headers)
     finally:
         files.close()
     if problems:
         raise VerificationError(path=str(source.directory), problems=tuple(problems))
     return checksums
+
+
+def _whole(nbytes: int) -> Region:
+    return Region("its tensors", 0, 0, (nbytes,), nbytes, "U8")
+
+
+def _pieces(window: Window, file: TensorFile, entry: Entry) -> Iterator[memoryview]:
+    """Yield a tensor's bytes, a piece at a time; each holds until the next one."""
+    for done in range(0, entry.nbytes, READ_BYTES):
+        yield window(file, entry.offset + done, min(READ_BYTES, entry.nbytes - done)).data
 
 
 def _recorded(source: _Source) -> Mapping[str, str] | None:

@@ -44,7 +44,7 @@ def adapter_names(record: Mapping[str, Any]) -> list[str]:
 
 def public_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record without places on a machine; nothing else of it is changed."""
-    shown = {str(key): _public(key, value) for key, value in record.items()}
+    shown: dict[str, Any] = public_values(record)
     if "recipe" not in record:
         return shown
     names = adapter_names(record)
@@ -70,11 +70,15 @@ def is_place(text: str) -> bool:
     return _PLACE.match(text) is not None
 
 
+def public_values(value: Any) -> Any:
+    """Return what JSON or YAML holds with names where there are places on a machine."""
+    return _public(None, value)
+
+
 def _public(key: object, value: Any) -> Any:
-    """Return a value with names in the place of paths."""
     if key in _AS_THEY_ARE:
         return value
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {name: _public(name, inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [_public(None, inner) for inner in value]

@@ -1,13 +1,10 @@
 """An output brought to the Hugging Face Hub, with a model card.
 
-What is uploaded is streammerge's own: weights, config, index, record, and the card. Record and
-config go without places on this machine (see `public`), so that their checksums are other ones
-than those of the local files, and as true. Timings, and what was carried over from elsewhere, stay.
+What of it is uploaded: `publication`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -15,36 +12,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from streammerge.adapter import CONFIG_NAME, INDEX_NAME
-from streammerge.card import CARD_NAME, is_own_card, render_card
+from streammerge.adapter import INDEX_NAME
+from streammerge.answers import explain
+from streammerge.card import CARD_NAME, is_own_card
 from streammerge.errors import (
-    CorruptFileError,
     MissingFileError,
     PushError,
     RecipeError,
-    printable,
-    shorten,
-)
-from streammerge.files import check_inside, read_whole
-from streammerge.output.record import (
-    digest,
-    read_record,
-    reading_record,
-    render_json,
-    render_record,
 )
 from streammerge.output.staging import MARK_NAME, OWN_FILES
-from streammerge.public import is_model_id, is_place, public_config, public_record
+from streammerge.public import is_model_id
+from streammerge.publication import MAX_TEXT_BYTES, publication_of
 from streammerge.verification import verify
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo
-
-MAX_TEXT_BYTES = 2**24
-"""Of a config, or of a card."""
 
 _ADAPTER_FILES = (
     "adapter_config.json",
@@ -53,6 +38,12 @@ _ADAPTER_FILES = (
     INDEX_NAME,
 )
 """Where a repository has one of these, it holds an adapter."""
+
+
+_LEFT_ALONE = (
+    f"{{}}: its {CARD_NAME} is not streammerge's, or was edited, and is left as it is; "
+    "`streammerge push --overwrite` replaces it"
+)
 
 
 @dataclass(frozen=True)
@@ -64,14 +55,6 @@ class Pushed:
     commit: str
     files: tuple[str, ...]
     """What was uploaded, or was there already and is the same."""
-    notices: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Publication:
-    """What of an output is to be uploaded: bytes, or the file that holds them, by name."""
-
-    files: Mapping[str, bytes | Path]
     notices: tuple[str, ...]
 
 
@@ -138,7 +121,8 @@ def upload(
     output: Path, repo: str, *, private: bool, overwrite: bool = False, message: str | None = None
 ) -> Pushed:
     """Do what `push` does with an output that is known to be right."""
-    publication = publish(output, repo)
+    found = publication_of(output, repo)
+    files, notices = dict(found.files), list(found.notices)
     with _explained(output, repo):
         from huggingface_hub import (  # noqa: PLC0415  # takes a while to load
             CommitOperationAdd,
@@ -149,15 +133,11 @@ def upload(
         api = HfApi(library_name="streammerge")
         url = api.create_repo(repo, private=private or None, exist_ok=True)
         info = api.model_info(repo, files_metadata=True)
-        files, notices = dict(publication.files), list(publication.notices)
         there = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
         _check_repository(output, repo, info, there, private=private, overwrite=overwrite)
         if CARD_NAME in there and not overwrite and not _is_ours(api, info, there[CARD_NAME]):
             del files[CARD_NAME]
-            notices.append(
-                f"{repo}: its {CARD_NAME} is not streammerge's, or was edited, and is left as it "
-                "is; --overwrite replaces it"
-            )
+            notices.append(_LEFT_ALONE.format(repo))
         stale = [name for name in there if OWN_FILES.fullmatch(name) and name not in files]
         commit = api.create_commit(
             repo,
@@ -169,83 +149,6 @@ def upload(
             parent_commit=info.sha,
         )
     return Pushed(repo, str(url), commit.oid, tuple(sorted(files)), tuple(notices))
-
-
-def publish(output: Path, repo: str) -> Publication:
-    """Return what of an output is to be uploaded.
-
-    Raises:
-        AdapterError: record or config cannot be read, or is none.
-    """
-    record = read_record(output)
-    with reading_record(output):
-        shown = public_record(record)
-        others: dict[str, bytes | Path] = {}
-        stay = []
-        for name in record["other_files"]:
-            if name not in (CARD_NAME, CONFIG_NAME) and OWN_FILES.fullmatch(name) is None:
-                stay.append(name)
-            elif name != CARD_NAME:
-                others[name] = output / name
-        notices = (
-            [f"{', '.join(stay)}: not uploaded, for a merge does not make them"] if stay else []
-        )
-        config = _config(output) if CONFIG_NAME in others else None
-        if config is not None:
-            others[CONFIG_NAME], more = _public_config(output, config)
-            notices += more
-        shown["other_files"] = {name: _digest(data) for name, data in others.items()}
-        files: dict[str, bytes | Path] = {name: output / name for name in _weights(output, record)}
-        own = output / CARD_NAME
-        card = own if own.is_file() else render_card(record, config, repo).encode()
-        files |= {**others, MARK_NAME: render_record(shown), CARD_NAME: card}
-    for data in files.values():
-        if isinstance(data, Path):
-            check_inside(data)  # what a link leads to is not meant to be published
-    return Publication(files, tuple(notices))
-
-
-def _weights(output: Path, record: Mapping[str, Any]) -> list[str]:
-    """Return the names of the files of weights.
-
-    Raises:
-        CorruptFileError: one is no name of such a file; it may lead anywhere.
-    """
-    names = [str(facts["name"]) for facts in record["files"]]
-    for name in names:
-        if not OWN_FILES.fullmatch(name):
-            raise CorruptFileError(
-                f"names {shorten(name)} as a file of weights", path=str(output / MARK_NAME)
-            )
-    return names
-
-
-def _config(output: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(read_whole(output / CONFIG_NAME, MAX_TEXT_BYTES))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CorruptFileError(
-            f"cannot be read ({error})", path=str(output / CONFIG_NAME)
-        ) from error
-    if not isinstance(config, dict):
-        raise CorruptFileError("is not a JSON object", path=str(output / CONFIG_NAME))
-    return config
-
-
-def _public_config(output: Path, config: dict[str, Any]) -> tuple[bytes | Path, list[str]]:
-    """Return the config to upload: the file as it is, unless it names a place on this machine."""
-    base = config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not is_place(base):
-        return output / CONFIG_NAME, []
-    notice = (
-        f"{CONFIG_NAME}: its base model {base} is a place on this machine, and is left out of what "
-        "is uploaded"
-    )
-    return render_json(public_config(config)), [notice]
-
-
-def _digest(data: bytes | Path) -> str:
-    return digest(data if isinstance(data, bytes) else data.read_bytes())
 
 
 def _content(data: bytes | Path) -> bytes | str:
@@ -306,7 +209,7 @@ def _explained(output: Path, repo: str) -> Iterator[None]:
     except PushError:
         raise
     except Exception as error:
-        status, reason = _reason(error)
+        status, reason = explain(error)
         raise PushError(reason, repo=repo, output=str(output), status=status) from None
 
 
@@ -327,61 +230,3 @@ def _without_bars() -> Iterator[None]:
         yield
     finally:
         enable_progress_bars()
-
-
-_ANSWERS = {
-    400: "the Hub does not take what was sent",
-    401: "the Hub does not take the token; log in with `hf auth login`, or set HF_TOKEN",
-    402: "the Hub asks for a payment, or the storage is used up",
-    403: "the token may not write there; it needs the right to, and you a role in the organization",
-    404: "the Hub does not find it, or hides it from this token; check the name",
-    409: "somebody else has changed it at the same time",
-    412: "somebody else has changed it at the same time",
-    413: "the Hub finds a file too large",
-    429: "the Hub has had too many requests; wait",
-}
-
-
-def _reason(error: Exception) -> tuple[int | None, str]:
-    """Return the Hub's answer, and a sentence about what went wrong."""
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    for link in chain:
-        response = getattr(link, "response", None)
-        status = getattr(response, "status_code", None)
-        if isinstance(status, int):
-            said = f"{status}: {_said(link, response)}"
-            usual = "the Hub fails; try later" if status >= 500 else "the Hub refuses"
-            wait = _wait(response) if status == 429 else ""
-            return status, f"{_ANSWERS.get(status, usual)}{wait} ({said})"
-    root = chain[-1]
-    said = f"{type(root).__name__}: {' '.join(_safe(str(root)).splitlines()[:1])}"
-    cut = any(isinstance(link, OSError) or _speaks_http(link) for link in chain)
-    return None, f"{'the Hub was not reached, or the line was cut' if cut else 'fails'} ({said})"
-
-
-def _speaks_http(error: BaseException) -> bool:
-    """Whether an error comes from the library that talks HTTP; there have been several."""
-    return type(error).__module__.split(".")[0].startswith(("httpx", "httpcore", "requests"))
-
-
-def _wait(response: Any) -> str:
-    seconds = response.headers.get("retry-after", "")
-    return f" {seconds} s" if seconds.isdecimal() and len(seconds) < 7 else ""
-
-
-def _said(error: BaseException, response: Any) -> str:
-    """Return what the Hub said, on one line and not too long."""
-    said = getattr(error, "server_message", None) or response.headers.get("x-error-message")
-    return printable(_safe(str(said or response.reason_phrase)).splitlines()[0])[:200]
-
-
-def _safe(text: str) -> str:
-    """Return a text without the token, whoever has put it in."""
-    from huggingface_hub import get_token  # noqa: PLC0415  # takes a while to load
-
-    token = get_token()
-    return text.replace(token, "***") if token else text

@@ -25,7 +25,7 @@ LAYERS = (
     {"worker"},
     {"executors", "ledger", "resume"},
     {"finish"},
-    {"run", "verification", "preparation", "consolidation"},
+    {"run", "verification", "preparation", "consolidation", "publication", "answers"},
     {"pushing"},
     {"api"},
     {"cli"},
@@ -37,7 +37,9 @@ INIT = "__init__"
 INIT_MAY_IMPORT = {"api", "errors", "adapter", "plans"}
 STANDARD_LIBRARY_ONLY = {"errors", "budget", "tiling", "regular", "files"}
 # Reading headers, planning and showing help are pure arithmetic and text.
-WITHOUT_TORCH = {INIT, "cli", "readers", "output", "consolidation", "pushing"}.union(*LAYERS[:4])
+WITHOUT_TORCH = {INIT, "cli", "readers", "output", "consolidation", "publication", "pushing"}.union(
+    *LAYERS[:4]
+)
 IMPORTS_TORCH = {"torch", "safetensors.torch", "peft", "transformers"}
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from click.testing import CliRunner, Result
 
 import streammerge
 from hub_here import hub_here
-from hub_uploads import TOKEN, Fault, Hub, environment
+from hub_server import HUB, Fault
+from hub_uploads import TOKEN, Hub
 from making import CONFIG, INDEX, WEIGHTS, contents, linear, write_adapter
 from streammerge.card import CARD_NAME, is_own_card
 from streammerge.cli import main
@@ -28,9 +30,9 @@ from streammerge.errors import (
     RecipeError,
     VerificationError,
 )
-from streammerge.output.record import render_record
+from streammerge.output.record import digest, render_record
 from streammerge.output.staging import MARK_NAME, Staging, journal_path
-from streammerge.pushing import publish
+from streammerge.publication import RECIPE_NAME, publication_of
 
 # huggingface_hub sends its commits in a way that the newest httpx does not like.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -70,25 +72,24 @@ def invoke(*arguments: str) -> Result:
 
 def test_a_push(made: Path, hub: Hub) -> None:
     pushed = streammerge.push(made / "one", REPO)
-    repo = hub.repos[REPO]
-    assert sorted(repo.files) == sorted(OURS)
-    assert not repo.private
-    assert pushed.commit == repo.head
+    assert sorted(hub.files(REPO)) == sorted(OURS)
+    assert not hub.is_private(REPO)
+    assert pushed.commit == hub.head(REPO)
     assert pushed.url == f"{hub.url}/{REPO}"
     assert sorted(pushed.files) == sorted(OURS[1:])
-    assert repo.files[WEIGHTS] == (made / "one" / WEIGHTS).read_bytes()
-    assert repo.messages[-1] == "Upload a merge by streammerge"
+    assert hub.files(REPO)[WEIGHTS] == (made / "one" / WEIGHTS).read_bytes()
+    assert hub.messages[-1] == "Upload a merge by streammerge"
 
 
 def test_no_place_on_this_machine_is_uploaded(made: Path, hub: Hub) -> None:
     pushed = streammerge.push(made / "one", REPO)
-    for name, data in hub.repos[REPO].files.items():
+    for name, data in hub.files(REPO).items():
         assert b"secret-project" not in data, name
         assert b"/tmp" not in data, name
-    record = json.loads(hub.repos[REPO].files[MARK_NAME])
+    record = json.loads(hub.files(REPO)[MARK_NAME])
     assert record["recipe"]["adapters"] == ["adapter-0", "adapter-1"]
     assert [entry["path"] for entry in record["inputs"]] == ["adapter-0", "adapter-1"]
-    assert json.loads(hub.repos[REPO].files[CONFIG])["base_model_name_or_path"] is None
+    assert json.loads(hub.files(REPO)[CONFIG])["base_model_name_or_path"] is None
     (notice,) = pushed.notices
     assert "place on this machine" in notice
 
@@ -98,7 +99,7 @@ def test_what_was_uploaded_verifies(which: str, made: Path, hub: Hub, tmp_path: 
     """Downloaded again it is an output like any other, every checksum right."""
     streammerge.push(made / which, REPO)
     (tmp_path / "down").mkdir()
-    for name, data in hub.repos[REPO].files.items():
+    for name, data in hub.files(REPO).items():
         (tmp_path / "down" / name).write_bytes(data)
     assert streammerge.verify(tmp_path / "down").checksums
     (tmp_path / "down" / CONFIG).write_text("{}")
@@ -109,7 +110,7 @@ def test_what_was_uploaded_verifies(which: str, made: Path, hub: Hub, tmp_path: 
 def test_a_config_without_places_is_uploaded_as_it_is(tmp_path: Path, hub: Hub) -> None:
     streammerge.merge([write_adapter(tmp_path / "a", TARGETS)], tmp_path / "out", workers=1)
     assert streammerge.push(tmp_path / "out", REPO).notices == ()
-    assert hub.repos[REPO].files[CONFIG] == (tmp_path / "out" / CONFIG).read_bytes()
+    assert hub.files(REPO)[CONFIG] == (tmp_path / "out" / CONFIG).read_bytes()
 
 
 def test_what_was_carried_over_stays(tmp_path: Path, hub: Hub) -> None:
@@ -119,21 +120,34 @@ def test_what_was_carried_over_stays(tmp_path: Path, hub: Hub) -> None:
     streammerge.consolidate(source, tmp_path / "out")
     pushed = streammerge.push(tmp_path / "out", REPO)
     assert pushed.notices == ("notes.txt: not uploaded, for a merge does not make them",)
-    files = hub.repos[REPO].files
+    files = hub.files(REPO)
     assert files[CARD_NAME] == b"# my own card\n"
     assert sorted(files) == sorted(OURS)
     assert json.loads(files[MARK_NAME])["consolidated"]["path"] == "in"
 
 
+def test_a_recipe_file_goes_without_places(made: Path, tmp_path: Path, hub: Hub) -> None:
+    out = shutil.copytree(made / "one", tmp_path / "out")
+    text = f"method: svd  # mine\nadapters:\n- path: {made}/adapter-0\n- {made}/adapter-1\n"
+    (out / RECIPE_NAME).write_text(text)
+    record = json.loads((out / MARK_NAME).read_text())
+    record["other_files"][RECIPE_NAME] = digest(text.encode())
+    (out / MARK_NAME).write_bytes(render_record(record))
+    streammerge.push(out, REPO)
+    recipe = hub.files(REPO)[RECIPE_NAME]
+    assert recipe == b"method: svd\nadapters:\n- path: adapter-0\n- adapter-1\n"
+    assert json.loads(hub.files(REPO)[MARK_NAME])["other_files"][RECIPE_NAME] == digest(recipe)
+
+
 def test_private(made: Path, hub: Hub) -> None:
     streammerge.push(made / "one", REPO, private=True, message="mine")
-    assert hub.repos[REPO].private
-    assert hub.repos[REPO].messages[-1] == "mine"
+    assert hub.is_private(REPO)
+    assert hub.messages[-1] == "mine"
     streammerge.push(made / "shards", REPO, private=True)
-    hub.make("alice/public")
+    hub.add("alice/public", {".gitattributes": b""})
     with pytest.raises(PushError, match="is public"):
         streammerge.push(made / "one", "alice/public", private=True)
-    assert list(hub.repos["alice/public"].files) == [".gitattributes"]
+    assert list(hub.files("alice/public")) == [".gitattributes"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -142,50 +156,49 @@ def test_private(made: Path, hub: Hub) -> None:
 
 def test_again_sends_nothing(made: Path, hub: Hub) -> None:
     first = streammerge.push(made / "one", REPO)
-    sent = hub.received
+    puts = hub.puts.copy()
     assert streammerge.push(made / "one", REPO) == first
-    assert hub.received == sent
+    assert hub.puts == puts
 
 
 def test_an_earlier_merge_is_replaced_whole(made: Path, hub: Hub) -> None:
     """A file of weights that stayed would be loaded in the place of the shards."""
     streammerge.push(made / "one", REPO)
     streammerge.push(made / "shards", REPO)
-    files = hub.repos[REPO].files
+    files = hub.files(REPO)
     assert WEIGHTS not in files
     assert INDEX in files
     streammerge.push(made / "one", REPO)
-    assert sorted(hub.repos[REPO].files) == sorted(OURS)
+    assert sorted(hub.files(REPO)) == sorted(OURS)
 
 
 def test_what_is_not_ours_stays(made: Path, hub: Hub) -> None:
-    hub.make(REPO, {"picture.png": b"png", CARD_NAME: b"# mine\n"})
+    hub.add(REPO, {"picture.png": b"png", CARD_NAME: b"# mine\n"})
     pushed = streammerge.push(made / "one", REPO)
-    files = hub.repos[REPO].files
+    files = hub.files(REPO)
     assert files["picture.png"] == b"png"
     assert files[CARD_NAME] == b"# mine\n"
     assert CARD_NAME not in pushed.files
     assert any("left as it is" in notice for notice in pushed.notices)
     streammerge.push(made / "one", REPO, overwrite=True)
-    assert is_own_card(hub.repos[REPO].files[CARD_NAME].decode())
+    assert is_own_card(hub.files(REPO)[CARD_NAME].decode())
 
 
 def test_an_edited_card_stays(made: Path, hub: Hub) -> None:
     streammerge.push(made / "one", REPO)
-    repo = hub.repos[REPO]
-    edited = repo.files[CARD_NAME].replace(b"# merged", b"# merged, and fine")
-    repo.commit({**repo.files, CARD_NAME: edited}, "edited")
+    edited = hub.files(REPO)[CARD_NAME].replace(b"# merged", b"# merged, and fine")
+    hub.add(REPO, {**hub.files(REPO), CARD_NAME: edited})
     streammerge.push(made / "shards", REPO)
-    assert repo.files[CARD_NAME] == edited
+    assert hub.files(REPO)[CARD_NAME] == edited
 
 
 def test_somebody_elses_adapter_is_not_replaced(made: Path, hub: Hub) -> None:
-    hub.make(REPO, {WEIGHTS: b"precious"})
+    hub.add(REPO, {WEIGHTS: b"precious"})
     with pytest.raises(PushError, match="holds an adapter that is not streammerge's"):
         streammerge.push(made / "one", REPO)
-    assert hub.repos[REPO].files[WEIGHTS] == b"precious"
+    assert hub.files(REPO)[WEIGHTS] == b"precious"
     streammerge.push(made / "one", REPO, overwrite=True)
-    assert hub.repos[REPO].files[WEIGHTS] == (made / "one" / WEIGHTS).read_bytes()
+    assert hub.files(REPO)[WEIGHTS] == (made / "one" / WEIGHTS).read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -196,7 +209,7 @@ def test_somebody_elses_adapter_is_not_replaced(made: Path, hub: Hub) -> None:
 def test_an_id_that_is_none(repo: str, made: Path, hub: Hub) -> None:
     with pytest.raises(RecipeError, match="is not the id of a repository"):
         streammerge.push(made / "one", repo)
-    assert hub.requests == []
+    assert hub.log == []
 
 
 def test_no_token(made: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -208,7 +221,7 @@ def test_no_token(made: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_pat
     found = invoke("merge", str(made / "adapter-0"), "-o", str(out), "--push", REPO)
     assert found.exit_code == 2
     assert not out.exists()
-    assert hub.requests == []
+    assert hub.log == []
 
 
 def test_offline(made: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,13 +230,13 @@ def test_offline(made: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(RecipeError, match="HF_HUB_OFFLINE"):
         streammerge.push(made / "one", REPO)
-    assert hub.requests == []
+    assert hub.log == []
 
 
 def test_what_is_no_output(tmp_path: Path, hub: Hub) -> None:
     with pytest.raises(MissingFileError, match=r"streammerge\.json"):
         streammerge.push(write_adapter(tmp_path / "a", TARGETS), REPO)
-    assert hub.repos == {}
+    assert hub.repositories == {}
 
 
 def test_a_spoilt_output_is_not_pushed(made: Path, tmp_path: Path, hub: Hub) -> None:
@@ -234,7 +247,7 @@ def test_a_spoilt_output_is_not_pushed(made: Path, tmp_path: Path, hub: Hub) -> 
     found = invoke("push", str(out), REPO)
     assert found.exit_code == 1
     assert "was changed" in found.stderr
-    assert hub.repos == {}
+    assert hub.repositories == {}
 
 
 def test_a_link_out_of_an_output_is_not_followed(made: Path, tmp_path: Path, hub: Hub) -> None:
@@ -243,7 +256,7 @@ def test_a_link_out_of_an_output_is_not_followed(made: Path, tmp_path: Path, hub
     (out / CARD_NAME).symlink_to(tmp_path / "secret")
     with pytest.raises(CorruptFileError, match="is a link to"):
         streammerge.push(out, REPO)
-    assert hub.repos == {}
+    assert hub.repositories == {}
 
 
 def test_a_record_that_names_a_file_elsewhere(made: Path, tmp_path: Path, hub: Hub) -> None:
@@ -255,33 +268,51 @@ def test_a_record_that_names_a_file_elsewhere(made: Path, tmp_path: Path, hub: H
     with pytest.raises((CorruptFileError, VerificationError)):
         streammerge.push(out, REPO)
     with pytest.raises(CorruptFileError, match="as a file of weights"):
-        publish(out, REPO)
-    assert hub.repos == {}
+        publication_of(out, REPO)
+    assert hub.repositories == {}
 
 
 # ---------------------------------------------------------------------------------------------
 # What fails on the way
 
 ENDLESS = 1000
+CREATE, PREUPLOAD, BATCH, PUT, COMMIT = (
+    "POST /api/repos/create", "/preupload/", "/objects/batch", "PUT /lfs/", "/commit/main",
+)  # fmt: skip
+
+
+def answer(match: str, status: int, times: int = ENDLESS, **headers: str) -> Fault:
+    """A Hub that answers with an error."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Fault(HUB, match, times, status, named)
+
+
+def cut(match: str, times: int = ENDLESS) -> Fault:
+    """A line that is cut while the request is sent."""
+    return Fault(HUB, match, times, cut_request_after=100)
+
+
 FAULTS = {
-    "not the token": (Fault("create", 401, ENDLESS), 401, "hf auth login"),
-    "no right": (Fault("create", 403, ENDLESS), 403, "may not write"),
-    "not found": (Fault("preupload", 404, ENDLESS), 404, "check the name"),
-    "changed meanwhile": (Fault("POST .*commit", 412), 412, "at the same time"),
-    "conflict": (Fault("POST .*commit", 409), 409, "at the same time"),
-    "too many": (Fault("batch", 429, ENDLESS, {"Retry-After": "30"}), 429, "wait 30 s"),
-    "too large": (Fault("PUT /lfs", 413, ENDLESS), 413, "too large"),
-    "down": (Fault("POST .*commit", 503, ENDLESS), 503, "try later"),
-    "down at the start": (Fault("create", 500), 500, "try later"),
-    "cut in the middle": (Fault("PUT /lfs", None, ENDLESS), None, "the line was cut"),
-    "cut at the end": (Fault("POST .*commit", None, ENDLESS), None, "the line was cut"),
+    "not the token": (answer(CREATE, 401), 401, "hf auth login"),
+    "no right": (answer(CREATE, 403), 403, "may not write"),
+    "not found": (answer(PREUPLOAD, 404), 404, "check the name"),
+    "changed meanwhile": (answer(COMMIT, 412), 412, "at the same time"),
+    "conflict": (answer(COMMIT, 409), 409, "at the same time"),
+    "too many": (answer(BATCH, 429, Retry_After="30"), 429, "wait 30 s"),
+    "too large": (answer(PUT, 413), 413, "too large"),
+    "down": (answer(COMMIT, 503), 503, "try later"),
+    "down at the start": (answer(CREATE, 500), 500, "try later"),
+    "a teapot": (answer(CREATE, 418), 418, "refuses"),
+    "cut in the middle": (cut(PUT), None, "the line was cut"),
+    "cut at the end": (cut(COMMIT), None, "the line was cut"),
+    "no answer": (Fault(HUB, COMMIT, ENDLESS, cut_after=0), None, "the line was cut"),
 }
 
 
 @pytest.mark.parametrize("what", FAULTS)
 def test_a_failure_is_explained_and_gone_on_from(what: str, made: Path, hub: Hub) -> None:
     fault, status, message = FAULTS[what]
-    hub.faults.append(fault)
+    hub.faults.append(replace(fault))
     before = contents(made)
     with pytest.raises(PushError, match=message) as caught:
         streammerge.push(made / "one", REPO)
@@ -291,35 +322,39 @@ def test_a_failure_is_explained_and_gone_on_from(what: str, made: Path, hub: Hub
     assert f"streammerge push {made / 'one'} {REPO}" in str(error)
     assert TOKEN not in str(error)
     assert contents(made) == before
-    sent = hub.received
     hub.faults.clear()
     streammerge.push(made / "one", REPO)
-    assert sorted(hub.repos[REPO].files) == sorted(OURS)
-    size = (made / "one" / WEIGHTS).stat().st_size
-    assert hub.received == max(sent, size), "what was there was sent again"
+    assert sorted(hub.files(REPO)) == sorted(OURS)
+    assert set(hub.puts.values()) == {1}, "what was there was sent again"
 
 
 @pytest.mark.parametrize(
     "fault",
-    [
-        Fault("PUT /lfs", None, 2),
-        Fault("preupload", 503, 2),
-        Fault("batch", 429, 1, {"Retry-After": "1"}),
-    ],
+    [cut(PUT, 2), answer(PREUPLOAD, 503, 2), answer(BATCH, 429, 1, Retry_After="1")],
     ids=["cut", "down", "too many"],
 )
 def test_what_passes_is_waited_for(fault: Fault, made: Path, hub: Hub) -> None:
-    hub.faults.append(fault)
+    hub.faults.append(fault := replace(fault))
     streammerge.push(made / "one", REPO)
     assert fault.times == 0
-    assert sorted(hub.repos[REPO].files) == sorted(OURS)
+    assert sorted(hub.files(REPO)) == sorted(OURS)
+
+
+def test_a_commit_whose_answer_was_lost(made: Path, hub: Hub) -> None:
+    """It is there, and the next push finds that nothing is left to do."""
+    hub.faults.append(Fault(HUB, COMMIT, cut_after=0))
+    with pytest.raises(PushError, match="the line was cut"):
+        streammerge.push(made / "one", REPO)
+    pushed = streammerge.push(made / "one", REPO)
+    assert pushed.commit == hub.head(REPO)
+    assert len(hub.messages) == 1
 
 
 def test_a_namespace_of_somebody_else(made: Path, hub: Hub) -> None:
     with pytest.raises(PushError, match="may not write") as caught:
         streammerge.push(made / "one", "bob/merged")
     assert caught.value.status == 403
-    assert hub.repos == {}
+    assert hub.repositories == {}
 
 
 def test_nobody_listens(made: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,16 +364,16 @@ def test_nobody_listens(made: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(PushError, match="was not reached") as caught:
         streammerge.push(made / "one", REPO)
     assert caught.value.status is None
-    assert hub.requests == []
+    assert hub.log == []
 
 
 def test_the_token_is_not_printed(made: Path, hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
     """Even where the Hub itself says it."""
-    hub.faults.append(Fault("create", 403, ENDLESS, message=f"{TOKEN} may not\x1b[2J"))
+    hub.faults.append(answer(CREATE, 403, X_Error_Message=f"{TOKEN} may not \t\x7f"))
     found = invoke("push", str(made / "one"), REPO)
     assert found.exit_code == 1
     assert TOKEN not in found.output + caplog.text
-    assert "\x1b" not in found.output
+    assert "\x7f" not in found.output
     assert "*** may not" in found.stderr
 
 
@@ -353,14 +388,14 @@ def test_merge_and_push(made: Path, hub: Hub, tmp_path: Path) -> None:
     found = invoke(*merge, "--push", REPO, "--private")
     assert found.exit_code == 0, found.output
     facts = json.loads(found.stdout)
-    assert facts["pushed"]["commit"] == hub.repos[REPO].head
-    assert hub.repos[REPO].private
-    assert hub.repos[REPO].files[WEIGHTS] == (out / WEIGHTS).read_bytes()
+    assert facts["pushed"]["commit"] == hub.head(REPO)
+    assert hub.is_private(REPO)
+    assert hub.files(REPO)[WEIGHTS] == (out / WEIGHTS).read_bytes()
 
 
 def test_a_push_that_fails_after_a_merge(made: Path, hub: Hub, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    hub.faults.append(Fault("create", 403, ENDLESS))
+    hub.faults.append(answer(CREATE, 403))
     merge = ["merge", str(made / "adapter-0"), "-o", str(out), "--workers", "1"]
     found = invoke(*merge, "--push", REPO, "--json")
     assert found.exit_code == 1
@@ -381,24 +416,24 @@ def test_the_python_call(made: Path, hub: Hub, tmp_path: Path) -> None:
         [made / "adapter-0"], tmp_path / "out", workers=1, push=REPO, on_event=told.append
     )
     assert result.pushed is not None
-    assert result.pushed.commit == hub.repos[REPO].head
+    assert result.pushed.commit == hub.head(REPO)
     assert any("place on this machine" in e.message for e in told if isinstance(e, events.Notice))
 
 
 def test_stopped_during_the_push(made: Path, hub: Hub, tmp_path: Path) -> None:
     """Exit code 75, and the command that goes on: the merge itself is done."""
     out = tmp_path / "out"
-    hub.faults.append(Fault("PUT /lfs", 503, ENDLESS))  # the client waits and tries again
+    hub.faults.append(answer(PUT, 503))  # the client waits and tries again
     command = [sys.executable, "-m", "streammerge.cli", "merge", str(made / "adapter-0")]
     process = subprocess.Popen(
         [*command, "-o", str(out), "--push", REPO, "--private", "--workers", "1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | environment(hub, tmp_path / "home"),
+        env=os.environ | hub.variables(tmp_path / "home"),
     )
     deadline = time.monotonic() + 60
-    while not any("PUT /lfs" in r for r in hub.requests) and time.monotonic() < deadline:
+    while not hub.requests(PUT) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=30)
@@ -427,9 +462,9 @@ def test_going_on_with_a_merge_that_is_done_pushes_it(
     found = invoke("merge", *adapters, "-o", str(out), "--resume", "--push", REPO)
     assert found.exit_code == 0, found.output
     assert "what this merge has made" in found.stderr
-    assert hub.repos[REPO].files[WEIGHTS] == (out / WEIGHTS).read_bytes()
+    assert hub.files(REPO)[WEIGHTS] == (out / WEIGHTS).read_bytes()
 
     journal_path(out).write_bytes(journal)
     with pytest.raises(PublishedError):
         streammerge.merge(adapters, out, resume=True, push="alice/again")
-    assert hub.repos["alice/again"].files[WEIGHTS] == (out / WEIGHTS).read_bytes()
+    assert hub.files("alice/again")[WEIGHTS] == (out / WEIGHTS).read_bytes()

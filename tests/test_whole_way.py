@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 import hub_demo
 import streammerge
 from hub_here import hub_here
-from hub_uploads import Hub, environment
+from hub_uploads import Hub
 
 # huggingface_hub sends its commits in a way that the newest httpx does not like.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -29,9 +29,9 @@ def test_the_seed_example(hub: Hub, tmp_path: Path) -> None:
     for name, folder in adapters.items():
         api.create_repo(name)
         api.upload_folder(repo_id=name, folder_path=folder)
-    hub_demo.run_merge(adapters, tmp_path / "OUT", environment(hub, tmp_path / "home"))
+    hub_demo.run_merge(adapters, tmp_path / "OUT", hub.variables(tmp_path / "home"))
 
-    pushed = hub.repos[hub_demo.MERGED].files
+    pushed = hub.files(hub_demo.MERGED)
     assert b"tmp" not in pushed["README.md"] + pushed["streammerge.json"]
     written = hub_demo.generate(base, cache_dir=tmp_path / "cache")
     assert written.startswith("the adapters of ")
