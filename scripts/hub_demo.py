@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,9 @@ def make_adapters(base: Path, folder: Path) -> dict[str, Path]:
     return made
 
 
-def run_merge(adapters: Mapping[str, Path], output: Path, variables: Mapping[str, str]) -> str:
+def run_merge(adapters: Iterable[object], output: Path, variables: Mapping[str, str]) -> str:
     """Type the command that merges the adapters and pushes the result; return it."""
-    listed = " ".join(shlex.quote(str(path)) for path in adapters.values())
+    listed = " ".join(shlex.quote(str(adapter)) for adapter in adapters)
     command = MERGE.format(adapters=listed, output=shlex.quote(str(output)))
     words = [sys.executable, "-m", "streammerge.cli", *shlex.split(command)[1:]]
     subprocess.run(words, check=True, env=os.environ | dict(variables))
@@ -117,7 +117,7 @@ def main() -> None:
         adapters = make_adapters(base, folder)
         upload(hub, adapters)
         variables = hub.variables(folder / "home")
-        print(f"$ {run_merge(adapters, folder / 'OUT', variables)}", flush=True)
+        print(f"$ {run_merge(adapters.values(), folder / 'OUT', variables)}", flush=True)
         print(f"{MERGED}, loaded by PEFT, writes:", flush=True)
         loading = [sys.executable, __file__, str(base)]
         subprocess.run(loading, check=True, env=os.environ | variables)

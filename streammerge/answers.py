@@ -42,7 +42,9 @@ def explain(error: Exception) -> tuple[int | None, str]:
             wait = _wait(response) if status == 429 else ""
             return status, f"{_ANSWERS.get(status, usual)}{wait} ({said})"
     root = chain[-1]
-    said = f"{type(root).__name__}: {' '.join(_safe(str(root)).splitlines()[:1])}"
+    if isinstance(root, OSError) and root.filename:
+        return None, f"{root.filename} cannot be read ({root.strerror})"
+    said = f"{type(root).__name__}: {_line(root)}"
     cut = any(isinstance(link, OSError) or _speaks_http(link) for link in chain)
     return None, f"{'the Hub was not reached, or the line was cut' if cut else 'fails'} ({said})"
 
@@ -60,12 +62,14 @@ def _wait(response: Any) -> str:
 def _said(error: BaseException, response: Any) -> str:
     """Return what the Hub said, on one line and not too long."""
     said = getattr(error, "server_message", None) or response.headers.get("x-error-message")
-    return printable(_safe(str(said or response.reason_phrase)).splitlines()[0])[:200]
+    return _line(said or response.reason_phrase)
 
 
-def _safe(text: str) -> str:
-    """Return a text without the token, whoever has put it in."""
+def _line(text: object) -> str:
+    """Return the first line of a text, not too long, without the token, whoever has put it in."""
     from huggingface_hub import get_token  # noqa: PLC0415  # takes a while to load
 
-    token = get_token()
-    return text.replace(token, "***") if token else text
+    token, shown = get_token(), str(text)
+    shown = shown.replace(token, "***") if token else shown
+    first, *_ = [*shown.strip().splitlines(), "nothing more was said"]
+    return printable(first)[:200]

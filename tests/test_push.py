@@ -20,6 +20,7 @@ from hub_here import hub_here
 from hub_server import HUB, Fault
 from hub_uploads import TOKEN, Hub
 from making import CONFIG, INDEX, WEIGHTS, contents, linear, write_adapter
+from streammerge.answers import explain
 from streammerge.card import CARD_NAME, is_own_card
 from streammerge.cli import main
 from streammerge.errors import (
@@ -355,6 +356,50 @@ def test_a_namespace_of_somebody_else(made: Path, hub: Hub) -> None:
         streammerge.push(made / "one", "bob/merged")
     assert caught.value.status == 403
     assert hub.repositories == {}
+
+
+class Answer:
+    """An answer as any library for HTTP has it."""
+
+    def __init__(self, status_code: int, reason_phrase: str = "", **headers: str) -> None:
+        self.status_code = status_code
+        self.reason_phrase = reason_phrase
+        self.headers = headers
+
+
+class AnsweredError(Exception):
+    def __init__(self, message: str = "", response: Answer | None = None) -> None:
+        super().__init__(message)
+        self.response = response
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (AnsweredError("", Answer(503)), 503, "the Hub fails; try later (503: nothing more was"),
+        (AnsweredError("", Answer(418, "teapot\r\nmore")), 418, "the Hub refuses (418: teapot)"),
+        (
+            AnsweredError("", Answer(429, "slow", **{"retry-after": "x\n"})),
+            429,
+            "; wait (429: slow)",
+        ),
+        (ValueError(""), None, "fails (ValueError: nothing more was said)"),
+        (TimeoutError("late"), None, "was not reached, or the line was cut (TimeoutError: late)"),
+        (FileNotFoundError(2, "No such file", "/x"), None, "/x cannot be read (No such file)"),
+        (AnsweredError("a\x1b\nb"), None, "fails (AnsweredError: a\\x1b)"),
+        (AnsweredError("x" * 9999), None, "x" * 200 + ")"),
+    ],
+)
+def test_whatever_the_library_raises(error: Exception, status: int | None, message: str) -> None:
+    """Alone, or as the cause of something else that it raises."""
+    assert explain(error)[0] == status
+    assert message in explain(error)[1]
+    with pytest.raises(RuntimeError) as caught:
+        try:
+            raise error
+        except Exception as inner:
+            raise RuntimeError("Error while uploading") from inner
+    assert explain(caught.value) == explain(error)
 
 
 def test_nobody_listens(made: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

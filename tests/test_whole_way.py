@@ -29,7 +29,7 @@ def test_the_seed_example(hub: Hub, tmp_path: Path) -> None:
     for name, folder in adapters.items():
         api.create_repo(name)
         api.upload_folder(repo_id=name, folder_path=folder)
-    hub_demo.run_merge(adapters, tmp_path / "OUT", hub.variables(tmp_path / "home"))
+    hub_demo.run_merge(adapters.values(), tmp_path / "OUT", hub.variables(tmp_path / "home"))
 
     pushed = hub.files(hub_demo.MERGED)
     assert b"tmp" not in pushed["README.md"] + pushed["streammerge.json"]
