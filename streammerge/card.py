@@ -216,7 +216,7 @@ def _again(record: Mapping[str, Any]) -> str:
     names = adapter_names(record)
     if len(names) > SHOWN_ADAPTERS:
         return "The recipe is in `streammerge.json`, with all of its adapters and weights."
-    words = ["streammerge", "merge", *map(_word, names), "-o", "OUT"]
+    words = ["streammerge", "merge", *map(_word, _pinned(record, names)), "-o", "OUT"]
     words += ["--method", _word(recipe["method"])]
     words.append("--weights=" + ",".join(_word(weight) for weight in recipe["weights"]))
     for name, value in recipe.items():
@@ -228,6 +228,15 @@ def _again(record: Mapping[str, Any]) -> str:
         "The weights come out equal to the byte where torch, BLAS and the kind of processor are "
         f"those named above.\n\n{block('sh', ' '.join(words))}"
     )
+
+
+def _pinned(record: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Return the adapters' names; those of the Hub with the commits that they had."""
+    inputs = record.get("inputs") or [{}] * len(names)
+    return [
+        f"{name}@{entry['commit']}" if entry.get("commit") and "@" not in name else name
+        for name, entry in zip(names, inputs, strict=True)
+    ]
 
 
 def _word(value: object) -> str:

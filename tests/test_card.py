@@ -219,6 +219,19 @@ def test_figures_that_are_none() -> None:
     assert "kept energy" not in render_card(record, None, "a/b")
 
 
+def test_adapters_of_the_hub_are_named_by_id_and_commit() -> None:
+    names = ["u/a", "hf://u/b@v1", "/home/me/c", "u/d"]
+    record = {
+        "recipe": {"adapters": names, "weights": [1.0] * 4, "method": "svd"},
+        "inputs": [{"commit": "12ab"}, {"commit": "34cd"}, {}, {"path": "u/d"}],
+        "files": [{"name": "x"}],
+        "tensors": {},
+    }
+    card = render_card(record, None, "a/b")
+    assert "1. `u/a`: weight `1.0`, commit `12ab`\n2. `hf://u/b@v1`: weight `1.0`, commit" in card
+    assert "streammerge merge u/a@12ab hf://u/b@v1 c d -o OUT" in card
+
+
 def test_many_adapters_are_not_all_listed() -> None:
     names = [f"adapter-{i}" for i in range(1000)]
     record = {
