@@ -21,8 +21,34 @@ LINEAR, EMBEDDING, CONV = 0, 1, 2
 DTYPES = ("F64", "F32", "F16", "BF16")
 """The dtypes that factors may have, as safetensors spells them; columns hold the index."""
 
+DTYPE_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
+"""Every dtype of the format, and the bits of a number; extra tensors may have any of them."""
+
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The same dtypes as torch spells them, which is how options and plans do."""
+
+STORED_NAMES = {ours: theirs for theirs, ours in TORCH_NAMES.items()}
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 

@@ -104,7 +104,7 @@ def _read_back(
     check: Callable[[], None],
 ) -> dict[str, str]:
     """Compare every region with its receipt; return the checksums by tensor."""
-    regions = [region for task in planned.tasks for region in (task.a, task.b)]
+    regions = planned.regions
     checksums = [checksum for receipt in receipts for checksum in receipt.checksums]
     problems = []
     names = [file.name for file in planned.files]
@@ -124,6 +124,7 @@ def _input(manifest: Adapter, read: tuple[int, str]) -> dict[str, Any]:
     targets, checksum = read
     return {
         "path": manifest.path,
+        "base_model": manifest.config.base_model if manifest.config else None,
         "files": {Path(file.path).name: file.size for file in manifest.files},
         "targets_used": targets,
         "xxh3": checksum,

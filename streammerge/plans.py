@@ -56,6 +56,8 @@ class Region:
     offset: int
     shape: tuple[int, ...]
     nbytes: int
+    dtype: str
+    """As safetensors spells it."""
 
     @property
     def elements(self) -> int:
@@ -65,7 +67,7 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One target: it reads its sources, computes a pair and writes two regions."""
+    """One target: it reads its sources, computes a pair and writes its regions, A's and B's."""
 
     target: str
     m: int
@@ -103,8 +105,7 @@ class Task:
     device_bytes: int
     """What it holds of a device's memory at most; 0 where it computes on the CPU."""
     flops: int
-    a: Region
-    b: Region
+    regions: tuple[Region, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +176,11 @@ class Plan:
     """Directory for tiles that do not fit into memory."""
     notices: tuple[str, ...] = ()
     """What the user should know and what stops nothing."""
+
+    @property
+    def regions(self) -> list[Region]:
+        """Where every output tensor lies, task by task."""
+        return [region for task in self.tasks for region in task.regions]
 
     @property
     def read_bytes(self) -> int:
@@ -275,7 +281,7 @@ def spilled_bytes(task: Task, item_bytes: int) -> int:
 
 
 def _task(fields: dict[str, Any]) -> Task:
-    regions = {
-        side: Region(**{**fields[side], "shape": tuple(fields[side]["shape"])}) for side in "ab"
-    }
-    return Task(**{**fields, **regions})
+    regions = (
+        Region(**{**region, "shape": tuple(region["shape"])}) for region in fields["regions"]
+    )
+    return Task(**{**fields, "regions": tuple(regions)})

@@ -40,7 +40,7 @@ def _courses(plan: Plan) -> str:
     digest, sources = xxhash.xxh3_128(), plan.sources
     for task in plan.tasks:
         course = (task.target, task.m, task.n, task.rank, task.route, task.block, task.passes)
-        digest.update(repr((course, task.a, task.b)).encode())
+        digest.update(repr((course, task.regions)).encode())
         # What an adapter's config says: its file may have been edited.
         for column in (sources.adapter, sources.scaling):
             digest.update(column[task.first : task.last].tobytes())
@@ -120,6 +120,6 @@ def take_back(
 
 def _reads_back(reader: RegionReader, task: Task, receipt: Receipt) -> bool:
     try:
-        return (reader.checksum(task.a), reader.checksum(task.b)) == receipt.checksums
+        return tuple(map(reader.checksum, task.regions)) == receipt.checksums
     except StorageError:
         return False

@@ -88,15 +88,14 @@ def run_plan(
 
 def _open_files(plan: Plan, staging: Staging) -> tuple[tuple[int, ...], Unfinished | None]:
     """Return where each output file's data begin, and the unfinished run that wrote to them."""
-    regions = [region for task in plan.tasks for region in (task.a, task.b)]
     if staging.unfinished is not None:
-        starts = reopen(staging.path, plan.files, regions, plan.dtype)
+        starts = reopen(staging.path, plan.files, plan.regions)
         if starts is not None:
             for file in plan.files:
                 forget(staging.path / file.name)
             return starts, staging.unfinished
         staging.journal.entries = 0  # what they speak of is gone
-    return allocate(staging.path, plan.files, regions, plan.dtype), None
+    return allocate(staging.path, plan.files, plan.regions), None
 
 
 def _both(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

@@ -50,8 +50,8 @@ adapters, options, directory = json.load(sys.stdin)
 made = plan(adapters, scratch=directory, **options)
 table = NameTable()
 manifests = [read_adapter(path, table) for path in adapters]
-regions = [region for task in made.tasks for region in (task.a, task.b)]
-starts = allocate(Path(directory), made.files, regions, made.dtype)
+regions = made.regions
+starts = allocate(Path(directory), made.files, regions)
 job = Job(made, manifests, Path(directory), starts)
 rows = []
 with one_thread_each(), ThreadPoolExecutor(made.concurrency) as pool:

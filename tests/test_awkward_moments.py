@@ -351,8 +351,8 @@ def test_out_of_device_memory_in_a_task_that_is_alone(
     """It is tried again; a failure in a lane would have ended the job."""
     plan = streammerge.plan(sources, method="svd", workers=2)
     plan = replace(plan, tasks=tuple(replace(task, alone=True) for task in plan.tasks))
-    regions = [region for task in plan.tasks for region in (task.a, task.b)]
-    starts = allocate(tmp_path, plan.files, regions, plan.dtype)
+    regions = plan.regions
+    starts = allocate(tmp_path, plan.files, regions)
     job = Job(plan, read_adapters([str(path) for path in sources], NameTable()), tmp_path, starts)
     run_on = worker_run._run_on
 

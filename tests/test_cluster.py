@@ -153,8 +153,9 @@ def test_parts_of_a_plan_hold_what_they_need(parts: int, sources: list[str]) -> 
         ends = 0
         for task, whole in zip(part.tasks, tasks, strict=True):
             assert (task.target, task.route) == (whole.target, whole.route)
-            assert (task.a.offset, task.b.offset) == (ends, ends + task.a.nbytes)
-            ends += task.a.nbytes + task.b.nbytes
+            a, b = task.regions
+            assert (a.offset, b.offset) == (ends, ends + a.nbytes)
+            ends += a.nbytes + b.nbytes
             for mine, theirs in zip(
                 range(task.first, task.last), range(whole.first, whole.last), strict=True
             ):

@@ -99,8 +99,8 @@ def job_of(made: Plan, paths: list[str], folder: Path) -> Job:
     """Return the job of a plan."""
     output = folder / "out"
     output.mkdir()
-    regions = [region for task in made.tasks for region in (task.a, task.b)]
-    starts = allocate(output, made.files, regions, made.dtype)
+    regions = made.regions
+    starts = allocate(output, made.files, regions)
     return Job(made, read_adapters(paths, NameTable()), output, starts)
 
 

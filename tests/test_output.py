@@ -126,7 +126,7 @@ def test_the_data_are_aligned(sources: list[Path], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", range(1, 10))
 def test_a_header_is_padded(length: int) -> None:
-    header = render_header([Region("x" * length, 0, 0, (2,), 8)], "float32")
+    header = render_header([Region("x" * length, 0, 0, (2,), 8, "F32")])
     size = int.from_bytes(header[:8], "little")
     assert size == len(header) - 8
     assert size % 8 == 0
@@ -145,7 +145,7 @@ def test_a_region_goes_to_the_disk_as_it_is_written(
     monkeypatch.setattr(writer, "_sync_file_range", lambda: begin)
     path, size = tmp_path / "data", 2 * writer.BEHIND_BYTES + 1000
     path.touch()
-    with writer.RegionWriter(path, 8, Region("t", 0, 16, (size,), size)) as region:
+    with writer.RegionWriter(path, 8, Region("t", 0, 16, (size,), size, "U8")) as region:
         for start in range(0, size, 10**6):
             region.append(memoryview(bytes(min(10**6, size - start))))
             assert start - sum(length for _, length in begun) < writer.BEHIND_BYTES

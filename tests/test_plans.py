@@ -294,7 +294,7 @@ def test_regions_cover_every_file_without_holes(case: Case) -> None:
     item = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}[plan.dtype]
     by_file: dict[int, list[Region]] = {number: [] for number in range(len(plan.files))}
     for task in plan.tasks:
-        for region in (task.a, task.b):
+        for region in task.regions:
             assert region.nbytes == region.elements * item
             by_file[region.file].append(region)
     for number, file in enumerate(plan.files):
@@ -314,8 +314,9 @@ def test_shards_are_full_but_never_too_large(case: Case) -> None:
     limit = case.max_shard_bytes
     pairs: dict[int, list[int]] = {}
     for task in plan.tasks:
-        assert task.a.file == task.b.file
-        pairs.setdefault(task.a.file, []).append(task.a.nbytes + task.b.nbytes)
+        a, b = task.regions
+        assert a.file == b.file
+        pairs.setdefault(a.file, []).append(a.nbytes + b.nbytes)
     assert sorted(pairs) == list(range(len(plan.files)))
     if limit is None:
         assert len(plan.files) == 1
@@ -343,8 +344,9 @@ def test_the_ranks_of_the_output(case: Case) -> None:
             "factor": ranks[0],
             "delta": min(asked, task.m, task.n),
         }[plan.space]
-        assert task.rank == task.a.shape[0] == task.b.shape[1] == expected
-        assert (task.b.shape[0], math.prod(task.a.shape[1:])) == (task.m, task.n)
+        a, b = task.regions
+        assert task.rank == a.shape[0] == b.shape[1] == expected
+        assert (b.shape[0], math.prod(a.shape[1:])) == (task.m, task.n)
 
 
 @FAST

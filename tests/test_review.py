@@ -191,11 +191,11 @@ def test_one_worker_on_dask(tmp_path: Path) -> None:
         for i in range(2)
     ]
     plan = streammerge.plan(paths, workers=1)
-    regions = [region for task in plan.tasks for region in (task.a, task.b)]
+    regions = plan.regions
     checksums = []
     for name, run in (("serial", run_serial), ("dask", run_threads)):
         (tmp_path / name).mkdir()
-        starts = allocate(tmp_path / name, plan.files, regions, plan.dtype)
+        starts = allocate(tmp_path / name, plan.files, regions)
         job = Job(plan, read_adapters(paths, NameTable()), tmp_path / name, starts)
         before = torch.get_num_threads()
         found: dict[str, tuple[str, str]] = {}

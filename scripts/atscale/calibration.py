@@ -165,4 +165,4 @@ def _read_back(folder: Path) -> float:
 
 
 def _regions(nbytes: int) -> list[Region]:
-    return [Region(f"t{i}", 0, i * nbytes, (nbytes,), nbytes) for i in range(2 * SEALED)]
+    return [Region(f"t{i}", 0, i * nbytes, (nbytes,), nbytes, "U8") for i in range(2 * SEALED)]

@@ -83,8 +83,8 @@ def output(source: Directory) -> Directory:
         plan = make_plan([manifest], recipe, Budget(2**34, "fuzzing"))
         out = Path(place) / "out"
         out.mkdir()
-        regions = [region for task in plan.tasks for region in (task.a, task.b)]
-        (start,) = allocate(out, plan.files, regions, plan.dtype)
+        regions = plan.regions
+        (start,) = allocate(out, plan.files, regions)
         write_config(out, plan)
         with RegionReader(out, (WEIGHTS,), (start,)) as reader:
             sums = {region.name: reader.checksum(region) for region in regions}

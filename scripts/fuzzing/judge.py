@@ -176,13 +176,13 @@ def _plan_it(adapter: Adapter, place: Path, random: Random) -> str:
 
 def _check_plan(plan: Plan) -> None:
     assert plan.projected_bytes <= plan.allowed_bytes, "a plan beyond its budget"
-    regions = [region for task in plan.tasks for region in (task.a, task.b)]
+    regions = plan.regions
     for region in regions:
         assert region.offset + region.nbytes <= plan.files[region.file].data_bytes, region.name
     assert sum(region.nbytes for region in regions) == plan.write_bytes
     json.dumps(plan.config, allow_nan=False)
     json.dumps(json.loads(plan.to_json()), allow_nan=False)
-    render_header(regions, plan.dtype)
+    render_header(regions)
 
 
 @contextmanager

@@ -5,11 +5,13 @@ from __future__ import annotations
 import click
 
 from streammerge.cli.completion import completion
+from streammerge.cli.consolidate import consolidate
 from streammerge.cli.inspect import inspect
 from streammerge.cli.merge import merge
 from streammerge.cli.methods import methods
 from streammerge.cli.plan import plan
 from streammerge.cli.program import Program
+from streammerge.cli.push import push
 from streammerge.cli.verify import verify
 
 EPILOG = """\b
@@ -35,5 +37,5 @@ def main() -> None:
     """Merge LoRA adapters: files in, one adapter out, no base model, bounded memory."""
 
 
-for command in (merge, plan, inspect, verify, methods, completion):
+for command in (merge, plan, inspect, verify, methods, consolidate, push, completion):
     main.add_command(command)

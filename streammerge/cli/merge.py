@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from streammerge.cli.console import (
     command_line,
+    remark,
     say,
     say_json,
     stopped_by_signals,
@@ -18,6 +19,7 @@ from streammerge.cli.console import (
 from streammerge.cli.options import OUTPUT, RUN, merge_options
 from streammerge.cli.plan import show_plan
 from streammerge.cli.program import Sectioned, section
+from streammerge.cli.push import said_of, stoppable
 
 if TYPE_CHECKING:
     from streammerge.api import MergeResult
@@ -36,6 +38,12 @@ Examples:
 @section(
     OUTPUT,
     click.option("-o", "--output", required=True, type=click.Path(), help="Directory to make."),
+    click.option(
+        "--push",
+        metavar="USER/NAME",
+        help="Then bring it to this repository of the Hugging Face Hub.",
+    ),
+    click.option("--private", is_flag=True, help="Make that repository a private one."),
 )
 @section(
     RUN,
@@ -55,6 +63,8 @@ def merge(
     adapters: tuple[str, ...],
     *,
     output: str,
+    push: str | None,
+    private: bool,
     dry_run: bool,
     resume: bool,
     time_limit: str | None,
@@ -70,22 +80,27 @@ def merge(
     Stopped by SIGTERM, SIGINT or --time-limit it keeps what is done, exits with 75 and prints the
     command that goes on; killed by anything else, the same command with --resume goes on.
     """
+    from streammerge.api import push as verify_and_push
+    from streammerge.errors import PublishedError
+    from streammerge.pushing import check_push, upload
+
     if dry_run:
         show_plan(adapters, output, as_json=as_json, notes=not (quiet and as_json), **options)
         return
+    if push is not None:
+        check_push(push)
     run = {"resume": resume, "time_limit": time_limit, **options}
-    _merge(adapters, output, quiet=quiet, as_json=as_json, options=run)
-
-
-@stopped_by_signals
-def _merge(
-    adapters: tuple[str, ...], output: str, *, quiet: bool, as_json: bool, options: dict[str, Any]
-) -> None:
-    from streammerge.api import merge as run
-    from streammerge.cli.progress import Progress
-
-    with Progress(quiet=quiet, notes=not (quiet and as_json)) as progress:
-        result = run(adapters, output, on_event=progress, **options)
+    try:
+        result = _merge(adapters, output, quiet=quiet, as_json=as_json, options=run)
+    except PublishedError:
+        if push is not None:
+            remark(
+                said_of(stoppable(verify_and_push, output, push, private=private, as_json=as_json))
+            )
+        raise
+    if push is not None:
+        pushed = stoppable(upload, result.output, push, private=private, as_json=as_json)
+        result = replace(result, pushed=pushed)
     if as_json:
         say_json(_facts(result))
         return
@@ -99,6 +114,17 @@ def _next_steps(output: str) -> tuple[str, ...]:
         f"load it:   PeftModel.from_pretrained(model, {output!r})",
         f"check it:  {command_line('verify', output)}",
     )
+
+
+@stopped_by_signals
+def _merge(
+    adapters: tuple[str, ...], output: str, *, quiet: bool, as_json: bool, options: dict[str, Any]
+) -> MergeResult:
+    from streammerge.api import merge as run
+    from streammerge.cli.progress import Progress
+
+    with Progress(quiet=quiet, notes=not (quiet and as_json)) as progress:
+        return run(adapters, output, on_event=progress, **options)
 
 
 def _summary(result: MergeResult) -> list[str]:
@@ -119,6 +145,8 @@ def _summary(result: MergeResult) -> list[str]:
             f"cut to rank {plan.config['r']}: relative error {mean:.3g} on average, {worst:.3g} "
             f"at most ({target})"
         )
+    if result.pushed is not None:
+        lines.append(said_of(result.pushed))
     return lines
 
 
@@ -129,5 +157,6 @@ def _facts(result: MergeResult) -> dict[str, Any]:
         "write_bytes": result.plan.write_bytes,
         "seconds": result.seconds,
         "notices": list(result.notices),
+        "pushed": asdict(result.pushed) if result.pushed else None,
         "modules": [asdict(module) for module in result.modules],
     }

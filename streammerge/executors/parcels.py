@@ -57,7 +57,7 @@ class Parcels:
         # Released, or its tasks would run again if the worker were lost later.
         future.release()
         job = self.job
-        regions = [region for task in bundle for region in (task.a, task.b)]
+        regions = [region for task in bundle for region in task.regions]
         checksums = [checksum for receipt in receipts for checksum in receipt.checksums]
         moves = list(zip(regions, checksums, strict=True))
         names = [file.name for file in job.plan.files]

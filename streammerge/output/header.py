@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from streammerge.adapter import TORCH_NAMES
 from streammerge.plans import Region
 
-_NAMES = {ours: theirs for theirs, ours in TORCH_NAMES.items()}
+FORMAT = {"format": "pt"}
 
 
-def render_header(regions: Iterable[Region], dtype: str) -> bytes:
+def render_header(regions: Iterable[Region], metadata: Mapping[str, str] = FORMAT) -> bytes:
     """Return the length field and the JSON header for a file with these regions.
 
     The JSON is filled up with spaces so that the data begin at a multiple of eight bytes, as the
-    format recommends; the metadata is what PEFT writes.
+    format recommends.
+
+    Args:
+        regions: in the order in which they are named.
+        metadata: what the file says of itself; what PEFT writes, unless it is given.
     """
-    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    fields: dict[str, object] = {"__metadata__": dict(metadata)}
     for region in regions:
         fields[region.name] = {
-            "dtype": _NAMES[dtype],
+            "dtype": region.dtype,
             "shape": region.shape,
             "data_offsets": (region.offset, region.offset + region.nbytes),
         }

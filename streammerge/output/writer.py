@@ -34,46 +34,54 @@ _SYNC_FILE_RANGE_WRITE = 2
 """sync_file_range(2): begin, do not wait."""
 
 
-def headers(files: Sequence[OutputFile], regions: Sequence[Region], dtype: str) -> list[bytes]:
+def headers(files: Sequence[OutputFile], regions: Sequence[Region]) -> list[bytes]:
     """Return each file's header."""
     grouped: list[list[Region]] = [[] for _ in files]
     for region in regions:
         grouped[region.file].append(region)
-    return [render_header(group, dtype) for group in grouped]
+    return [render_header(group) for group in grouped]
 
 
 def allocate(
-    directory: Path, files: Sequence[OutputFile], regions: Sequence[Region], dtype: str
+    directory: Path, files: Sequence[OutputFile], regions: Sequence[Region]
 ) -> tuple[int, ...]:
     """Make all files at their full size with their headers; return where their data begin.
 
     Raises:
         StorageError: there is no room, or the file system refused.
     """
-    rendered = headers(files, regions, dtype)
+    rendered = headers(files, regions)
     for file, header in zip(files, rendered, strict=True):
-        path = directory / file.name
-        try:
-            with path.open("xb") as stream:
-                os.posix_fallocate(stream.fileno(), 0, len(header) + file.data_bytes)
-                stream.write(header)
-        except OSError as error:
-            raise StorageError(
-                f"{len(header) + file.data_bytes} bytes cannot be allocated ({error.strerror})",
-                path=str(path),
-            ) from error
+        allocate_file(directory / file.name, header, file.data_bytes)
     return tuple(len(header) for header in rendered)
 
 
+def allocate_file(path: Path, header: bytes, data_bytes: int) -> None:
+    """Make a file at its full size with its header.
+
+    Raises:
+        StorageError: there is no room, or the file system refused.
+    """
+    try:
+        with path.open("xb") as stream:
+            os.posix_fallocate(stream.fileno(), 0, len(header) + data_bytes)
+            stream.write(header)
+    except OSError as error:
+        raise StorageError(
+            f"{len(header) + data_bytes} bytes cannot be allocated ({error.strerror})",
+            path=str(path),
+        ) from error
+
+
 def reopen(
-    directory: Path, files: Sequence[OutputFile], regions: Sequence[Region], dtype: str
+    directory: Path, files: Sequence[OutputFile], regions: Sequence[Region]
 ) -> tuple[int, ...] | None:
     """Return where the data of files begin that `allocate` has made before; None if it has not.
 
     What else lies in the directory, made at the end of a run or by workers, is removed; all of it
     where the files are not those.
     """
-    rendered = headers(files, regions, dtype)
+    rendered = headers(files, regions)
     whole = all(
         _is_allocated(directory / file.name, header, file.data_bytes)
         for file, header in zip(files, rendered, strict=True)

@@ -197,10 +197,10 @@ def plan_task(
     rule: RuleSpec,
     limits: Limits,
     scratch: str | None,
-    places: tuple[Region, Region],
+    regions: tuple[Region, ...],
 ) -> Task:
     """Return a draft as a task, holding as much as the limits allow."""
-    shape, course, (a, b) = draft.shape, draft.course, places
+    shape, course = draft.shape, draft.course
     alone = _is_alone(draft, rule, limits)
     room = limits.room if alone else limits.room // limits.together
     team = _team(draft, rule, limits)
@@ -233,12 +233,11 @@ def plan_task(
         lanes=lanes,
         team=team,
         read_bytes=shape.source_bytes,
-        write_bytes=a.nbytes + b.nbytes,
+        write_bytes=sum(region.nbytes for region in regions),
         projected_bytes=host + travelling,
         device_bytes=held if limits.on_device else 0,
         flops=arithmetic(course, rule, shape),
-        a=a,
-        b=b,
+        regions=regions,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from streammerge.adapter import DTYPES, ITEM_BYTES, TORCH_NAMES, Adapter
+from streammerge.adapter import DTYPES, ITEM_BYTES, STORED_NAMES, TORCH_NAMES, Adapter
 from streammerge.budget import ON_CPU, Budget, Device
 from streammerge.catalog import METHODS, RULES, SPACES, RuleSpec, SpaceSpec
 from streammerge.errors import RecipeError
@@ -54,13 +54,14 @@ def make_plan(
     alignment = align(adapters, recipe.include, recipe.exclude)
     check_shapes(adapters, alignment, equal_ranks=space.equal_ranks)
     dtype = output_dtype(adapters, alignment, recipe.dtype)
+    stored = STORED_NAMES[dtype]
     shapes = _shapes(adapters, alignment, recipe, space, dtype)
     drafts = [
         Draft(group, shape, choose_course(rule, space, shape))
         for group, shape in zip(alignment.groups, shapes, strict=True)
     ]
-    pairs = [_pair(adapters, alignment, draft) for draft in drafts]
-    files, regions = lay_out(pairs, ITEM_BYTES[dtype], recipe.max_shard_bytes)
+    pairs = [_pair(adapters, alignment, draft, stored) for draft in drafts]
+    files, regions = lay_out([pair.tensors for pair in pairs], recipe.max_shard_bytes)
     limits = fit(drafts, rule, budget, device, workers)
     tasks = tuple(
         plan_task(draft, rule, limits, scratch, places)
@@ -182,12 +183,12 @@ def _output_rank(space: SpaceSpec, ranks: tuple[int, ...], asked: int) -> int:
     return ranks[0] if space.equal_ranks else sum(ranks)
 
 
-def _pair(adapters: Sequence[Adapter], alignment: Alignment, draft: Draft) -> Pair:
+def _pair(adapters: Sequence[Adapter], alignment: Alignment, draft: Draft, dtype: str) -> Pair:
     first = draft.group.first
     adapter, row = adapters[alignment.adapter[first]], int(alignment.row[first])
     inner = tuple(int(size) for size in adapter.columns.inner[row] if size)
     kind = int(adapter.columns.kind[row])
-    return Pair(draft.group.target, kind, draft.shape.rank, draft.shape.m, inner)
+    return Pair(draft.group.target, kind, draft.shape.rank, draft.shape.m, inner, dtype)
 
 
 def _sources(alignment: Alignment, scaling: Sequence[npt.NDArray[np.float64]]) -> Sources:

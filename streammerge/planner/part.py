@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from streammerge.adapter import Adapter, NameTable
-from streammerge.plans import OutputFile, Plan, Region, Sources, Task
+from streammerge.plans import OutputFile, Plan, Sources, Task
 
 
 def take_part(
@@ -35,10 +35,12 @@ def take_part(
         taken[position] = adapters[position].take(old_rows[mine], table)
     moved, first, offset = [], 0, 0
     for task in tasks:
-        last, middle = first + task.last - task.first, offset + task.a.nbytes
-        a, b = _moved(task.a, offset), _moved(task.b, middle)
-        moved.append(replace(task, first=first, last=last, a=a, b=b))
-        first, offset = last, middle + task.b.nbytes
+        last, regions = first + task.last - task.first, []
+        for region in task.regions:
+            regions.append(replace(region, file=0, offset=offset))
+            offset += region.nbytes
+        moved.append(replace(task, first=first, last=last, regions=tuple(regions)))
+        first = last
     part = replace(
         plan,
         tasks=tuple(moved),
@@ -48,7 +50,3 @@ def take_part(
         notices=(),
     )
     return part, taken
-
-
-def _moved(region: Region, offset: int) -> Region:
-    return replace(region, file=0, offset=offset)

@@ -18,7 +18,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from streammerge.adapter import TensorFile
+from streammerge.adapter import DTYPE_BITS, TensorFile
 from streammerge.errors import CorruptFileError, MissingFileError, shorten
 from streammerge.files import open_regular
 
@@ -36,29 +36,6 @@ MAX_NAME = 1024
 MAX_NUMBER = 2**63 - 1
 """No size and no offset in a file is larger."""
 
-_BITS = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3": 8,
-    "F8_E8M0": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "I64": 64,
-    "U64": 64,
-    "F64": 64,
-    "C64": 64,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-}
-
 _LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
 
 
@@ -70,6 +47,11 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of a number, at least one: its offset should be a multiple of them."""
+        return max(1, DTYPE_BITS[self.dtype] // 8)
 
 
 @dataclass(frozen=True)
@@ -232,9 +214,9 @@ def _entries(path: Path, fields: dict[str, Any], start: int) -> Iterator[Entry]:
             )
         if not _is_text(name):
             raise CorruptFileError("its header names a tensor by what is no text", path=str(path))
-        if dtype not in _BITS:
+        if dtype not in DTYPE_BITS:
             raise CorruptFileError(f"unknown dtype {shorten(dtype)}", path=str(path), tensor=name)
-        if _BITS[dtype] * math.prod(shape) != (high - low) * 8:
+        if DTYPE_BITS[dtype] * math.prod(shape) != (high - low) * 8:
             raise CorruptFileError(
                 f"dtype {dtype} and shape {shape} do not take the {high - low} bytes that its "
                 "data_offsets span",

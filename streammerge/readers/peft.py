@@ -120,6 +120,21 @@ def read_adapter(
     return _adapter(path, table, config, [text], content)
 
 
+def read_headers(path: str) -> list[Header]:
+    """Read the headers of all files that hold an adapter's tensors, in the order of their names.
+
+    Raises:
+        MissingFileError, CorruptFileError, UnsupportedAdapterError: there are none to be read.
+    """
+    directory = Path(path)
+    _check_directory(directory)
+    single = directory / WEIGHTS_NAME
+    if not single.exists():
+        return _read_shards(_index(directory))
+    check_inside(single)
+    return [read_header(single)]
+
+
 def _what_decides(config: AdapterConfig | None) -> str:
     """Return what of a config the columns depend on, as text."""
     if config is None:

@@ -25,8 +25,8 @@ class Receipt:
     """What a finished task leaves behind."""
 
     target: str
-    checksums: tuple[str, str]
-    """xxh3-128 of A's and of B's region."""
+    checksums: tuple[str, ...]
+    """xxh3-128 of its regions, A's and B's."""
     inputs: tuple[str, ...]
     """xxh3-128 of each source's target, scaling, A and B, the two as stored."""
     certificate: Certificate | None
@@ -42,10 +42,9 @@ class Receipt:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Receipt:
         """Return the receipt that `to_dict` gave."""
-        a, b = fields["checksums"]
         certificate = fields["certificate"]
         made = {
-            "checksums": (a, b),
+            "checksums": tuple(fields["checksums"]),
             "inputs": tuple(fields["inputs"]),
             "certificate": None if certificate is None else Certificate(**certificate),
         }

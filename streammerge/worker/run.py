@@ -85,8 +85,8 @@ def _run_on(device: torch.device, job: Job, task: Task, each: Each, team: Team |
     work = Work(job, task, sources, device, watched(job, each), team)
     with (
         torch.inference_mode(),
-        job.writer(task.a) as a,
-        job.writer(task.b) as b,
+        job.writer(task.regions[0]) as a,
+        job.writer(task.regions[1]) as b,
         sources.checked(),
     ):
         certificate = merge_target(work, Writers(a, b))
