@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from streammerge import events, pushing
 from streammerge.adapter import Adapter, NameTable
 from streammerge.budget import CPU, format_size, parse_duration
-from streammerge.cards import card
 from streammerge.consolidation import consolidate
 from streammerge.errors import PublishedError, printable
+from streammerge.notebook import card
 from streammerge.output.record import write_timings
 from streammerge.output.staging import Staging, check_output
 from streammerge.plans import SHOWN, Plan

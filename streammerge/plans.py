@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streammerge.budget import CPU, format_size
-from streammerge.cards import card
+from streammerge.notebook import card
 from streammerge.tiling import row_tiles
 
 Route = Literal["concatenate", "fold", "core", "gram", "sum", "dense", "krylov"]

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 # From the bottom up. A name is a module or a folder; those on one line are strangers.
 LAYERS = (
     {"errors"},
-    {"budget", "cards", "tiling", "regular", "files"},
+    {"budget", "notebook", "tiling", "regular", "files"},
     {"catalog", "plans", "recipe", "adapter", "events", "patterns", "public"},
     {"planner", "card"},
     {"readers", "output", "rules", "spaces", "lowrank", "select", "draw"},
@@ -35,7 +35,7 @@ HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 INIT = "__init__"
 # What is public: the calls, the errors, and the two types that the calls return.
 INIT_MAY_IMPORT = {"api", "errors", "adapter", "plans"}
-STANDARD_LIBRARY_ONLY = {"errors", "budget", "cards", "tiling", "regular", "files"}
+STANDARD_LIBRARY_ONLY = {"errors", "budget", "notebook", "tiling", "regular", "files"}
 # Reading headers, planning and showing help are pure arithmetic and text.
 WITHOUT_TORCH = {INIT, "cli", "readers", "output", "consolidation", "publication", "pushing"}.union(
     *LAYERS[:4]

@@ -17,9 +17,9 @@ from mypy import api as mypy
 import streammerge
 from making import linear, write_adapter
 from streammerge.api import StreammergeWarning
-from streammerge.cards import LONGEST, card
 from streammerge.errors import StreammergeError
 from streammerge.finish import ModuleReport
+from streammerge.notebook import LONGEST, card
 from streammerge.verification import Verification
 
 REPOSITORY = Path(__file__).resolve().parents[1]
