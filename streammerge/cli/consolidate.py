@@ -8,8 +8,13 @@ import click
 
 from streammerge.cli.console import remark, say, say_json, with_exit_codes
 
+EXAMPLES = """\b
+Examples:
+  streammerge consolidate OUT -o ONE
+"""
 
-@click.command()
+
+@click.command(epilog=EXAMPLES)
 @click.argument("directory", type=click.Path())
 @click.option("-o", "--output", required=True, type=click.Path(), help="Directory to make.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output of streammerge.")

@@ -20,8 +20,14 @@ from streammerge.cli.console import (
 if TYPE_CHECKING:
     from streammerge.pushing import Pushed
 
+EXAMPLES = """\b
+Examples:
+  streammerge push OUT me/merged
+  streammerge push OUT me/merged --private --message "of three"
+"""
 
-@click.command()
+
+@click.command(epilog=EXAMPLES)
 @click.argument("output", type=click.Path())
 @click.argument("repo", metavar="USER/NAME")
 @click.option("--private", is_flag=True, help="Make the repository a private one.")
