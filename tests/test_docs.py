@@ -268,6 +268,11 @@ def test_links_of_pages_outside_the_site(page: Path) -> None:
             assert (page.parent / link.partition("#")[0]).exists(), link
 
 
+@pytest.mark.parametrize("name", main.commands)
+def test_the_reference_has_every_command(name: str) -> None:
+    assert f"{{command-help}} {name}\n" in (DOCS / "command-line.md").read_text(encoding="utf-8")
+
+
 def test_the_reference_has_every_public_name(site: Path) -> None:
     import streammerge
 
