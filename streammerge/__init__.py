@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from streammerge.adapter import Adapter
-    from streammerge.api import MergeResult, merge, open_adapter, plan, verify
+    from streammerge.api import MergeResult, consolidate, merge, open_adapter, plan, push, verify
     from streammerge.errors import StreammergeError
     from streammerge.plans import Plan
 
@@ -20,9 +20,11 @@ _HOME = {
     "MergeResult": "streammerge.api",
     "Plan": "streammerge.plans",
     "StreammergeError": "streammerge.errors",
+    "consolidate": "streammerge.api",
     "merge": "streammerge.api",
     "open_adapter": "streammerge.api",
     "plan": "streammerge.api",
+    "push": "streammerge.api",
     "verify": "streammerge.api",
 }
 
@@ -31,9 +33,11 @@ __all__ = [
     "MergeResult",
     "Plan",
     "StreammergeError",
+    "consolidate",
     "merge",
     "open_adapter",
     "plan",
+    "push",
     "verify",
 ]
 

@@ -7,23 +7,25 @@ import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streammerge import events
+from streammerge import events, pushing
 from streammerge.adapter import Adapter, NameTable
 from streammerge.budget import CPU, format_size, parse_duration
-from streammerge.errors import StoppedError, printable
+from streammerge.consolidation import consolidate
+from streammerge.errors import PublishedError, StoppedError, printable
 from streammerge.notebook import card
 from streammerge.output.record import write_timings
 from streammerge.output.staging import Staging, check_output
 from streammerge.plans import SHOWN, Plan
 from streammerge.preparation import StrPath, bring, make_recipe, open_cluster, prepare
+from streammerge.pushing import Pushed, push
 from streammerge.readers import read_adapter
 from streammerge.verification import verify
 
-__all__ = ["MergeResult", "merge", "open_adapter", "plan", "verify"]
+__all__ = ["MergeResult", "consolidate", "merge", "open_adapter", "plan", "push", "verify"]
 
 if TYPE_CHECKING:
     from streammerge.finish import ModuleReport
@@ -45,7 +47,9 @@ class MergeResult:
     notices: tuple[str, ...]
     """What the user should know and what stopped nothing."""
     seconds: float
-    """How long it took, from the call on."""
+    """How long it took, from the call on, without a push."""
+    pushed: Pushed | None = None
+    """What lies on the Hub now, where it was asked for."""
 
     def __repr__(self) -> str:
         return (
@@ -208,6 +212,8 @@ def merge(
     overwrite: bool = False,
     resume: bool = False,
     time_limit: str | float | None = None,
+    push: str | None = None,
+    private: bool = False,
     on_event: events.OnEvent | None = None,
 ) -> MergeResult:
     """Merge LoRA adapters on disk into one adapter on disk, without the base model.
@@ -265,6 +271,9 @@ def merge(
         resume: go on with an unfinished merge into the same output, where there is one; what it
             has done is read back and checked. The bytes are those of an undisturbed run.
         time_limit: stop after this long, in seconds or like "50m"; what is done is kept.
+        push: bring the output to this repository of the Hugging Face Hub ("user/name") as well, as
+            `streammerge.push` does, once it is published here.
+        private: make that repository a private one.
         on_event: called with what happens; notices become Python warnings when None.
 
     Returns:
@@ -276,14 +285,18 @@ def merge(
             what was done is kept.
         StoppedError: at the time limit; what is done is kept.
         PublishedError: with `resume`, the output is there already, made by this very merge, which
-            was killed while it cleared up.
-        KeyboardInterrupt: at a signal; what is done is kept. None once the output is published.
+            was killed while it cleared up. It has been pushed, where that was asked for.
+        PushError: the output is there, and could not be brought to the Hub.
+        KeyboardInterrupt: at a signal; what is done is kept. None once the output is published,
+            but for one during the push.
     """
     began = time.perf_counter()
     deadline = math.inf
     if time_limit is not None:
         deadline = time.monotonic() + parse_duration(time_limit, option="time_limit")
     tell = on_event or _warn
+    if push is not None:
+        pushing.check_push(push)
     recipe = make_recipe(
         adapters,
         method=method,
@@ -306,7 +319,12 @@ def merge(
         strict_base=strict_base,
         max_shard_size=max_shard_size,
     )
-    Staging(Path(output)).settle(recipe.to_dict() if resume else None)
+    try:
+        Staging(Path(output)).settle(recipe.to_dict() if resume else None)
+    except PublishedError:
+        if push is not None:
+            pushing.push(output, push, private=private)
+        raise
     check_output(Path(output), overwrite=overwrite)
     with open_cluster(scheduler) as cluster:
         planned, manifests = prepare(
@@ -347,7 +365,18 @@ def merge(
     late = [*_missed(modules), *(f"{left}; the next merge clears up" for left in staging.left)]
     for notice in late:
         tell(events.Notice(notice))
-    return MergeResult(Path(output), planned, modules, (*planned.notices, *late), seconds)
+    result = MergeResult(Path(output), planned, modules, (*planned.notices, *late), seconds)
+    return result if push is None else _with_push(result, push, tell, private=private)
+
+
+def _with_push(
+    result: MergeResult, repo: str, tell: events.OnEvent, *, private: bool
+) -> MergeResult:
+    """Bring a merge's output to the Hub; it has been read back just now."""
+    pushed = pushing.upload(result.output, repo, private=private)
+    for notice in pushed.notices:
+        tell(events.Notice(notice))
+    return replace(result, notices=(*result.notices, *pushed.notices), pushed=pushed)
 
 
 def _check_time(deadline: float, targets: int) -> None:

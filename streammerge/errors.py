@@ -31,6 +31,7 @@ StreammergeError
 │   ├── InputUnreadableError     an input file could not be read during the run
 │   └── StorageError             the output could not be written
 ├── StoppedError                 at the time limit; what is done is kept; exit code 75
+├── PushError                    an output could not be brought to the Hub; exit code 1
 ├── PublishedError               what was to be gone on with is done; exit code 0
 └── VerificationError            an output's bytes are not those that were recorded; exit code 1
 """
@@ -39,6 +40,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+import shlex
 from typing import Any
 
 
@@ -500,6 +502,26 @@ class StorageError(MergeFailedError, OSError):
     def __init__(self, message: str, *, path: str) -> None:
         super().__init__(f"{path}: {message}")
         self.path = path
+
+
+class PushError(StreammergeError):
+    """An output could not be brought to the Hub; it stays where it is.
+
+    Attributes:
+        repo: where it was to go.
+        output: the output's directory.
+        status: what the Hub answered, None where it did not.
+    """
+
+    def __init__(self, message: str, *, repo: str, output: str, status: int | None = None) -> None:
+        again = " ".join(["streammerge", "push", *map(shlex.quote, (output, repo))])
+        super().__init__(
+            f"{repo}: {message}. {output} stays as it is; once that is settled, `{again}` goes on, "
+            "and what the Hub has already is not sent again"
+        )
+        self.repo = repo
+        self.output = output
+        self.status = status
 
 
 class PublishedError(StreammergeError):

@@ -136,6 +136,7 @@ def _input(manifest: Adapter, read: tuple[int, str]) -> dict[str, Any]:
     return {
         "path": manifest.path,
         **({} if manifest.origin is None else {"commit": manifest.origin.commit}),
+        "base_model": manifest.config.base_model if manifest.config else None,
         "files": {Path(file.path).name: file.size for file in manifest.files},
         "targets_used": targets,
         "xxh3": checksum,

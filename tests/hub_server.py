@@ -62,6 +62,8 @@ class Fault:
     """Instead of, or beside, the usual ones."""
     cut_after: int | None = None
     """Bytes of the body after which the connection is cut."""
+    cut_request_after: int | None = None
+    """Bytes of the request's body after which the connection is cut, without an answer."""
     ignore_range: bool = False
     delay: float = 0.0
     """Seconds before the answer; ended by the server's end."""
@@ -245,13 +247,13 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, hub: HubServer, name: str) -> None:
         self.hub = hub
         self.name = name
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", 0), Handler)
 
     def handle_error(self, *_: object) -> None:
         """Say nothing: clients that hang up are a part of the tests."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: _Server
@@ -273,6 +275,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        self._answer()
+
     def _answer(self) -> None:
         self.hub.count(self.server.name, 1)
         try:
@@ -281,9 +286,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.count(self.server.name, -1)
 
     def _route(self) -> None:
+        self.fault = self.hub.take_fault(self.server.name, f"{self.command} {self.path}")
+        if self.fault is not None and self.fault.cut_request_after is not None:
+            self.rfile.read(self.fault.cut_request_after)
+            self._cut()
+            return
         length = int(self.headers.get("Content-Length") or 0)
         self.body = self.rfile.read(length)
-        self.fault = self.hub.take_fault(self.server.name, f"{self.command} {self.path}")
         if self.fault is not None:
             self.hub.over.wait(self.fault.delay)
             if self.fault.status:
@@ -342,9 +351,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.dumps(value).encode()
         self.send(200, body, {"Content-Type": "application/json", **(headers or {})})
 
-    def refuse(self, status: int, code: str, message: str) -> None:
+    def refuse(self, status: int, code: str, message: str, body: bytes = b"") -> None:
         """Answer with one of the Hub's own errors."""
-        self.send(status, b"", {"X-Error-Code": code, "X-Error-Message": message})
+        self.send(status, body, {"X-Error-Code": code, "X-Error-Message": message})
 
     def send_content(self, content: bytes, headers: Mapping[str, str]) -> None:
         """Answer with a file, or the range of it that was asked for."""
@@ -375,7 +384,7 @@ class _Handler(BaseHTTPRequestHandler):
         return repository, commit
 
 
-def _info(handler: _Handler, query: Mapping[str, Any], name: str, revision: str = "main") -> None:
+def _info(handler: Handler, query: Mapping[str, Any], name: str, revision: str = "main") -> None:
     found = handler.find(name, revision)
     if found is None:
         return
@@ -412,7 +421,7 @@ def _blob(content: bytes) -> dict[str, Any]:
 
 
 def _tree(
-    handler: _Handler, query: Mapping[str, Any], name: str, revision: str, folder: str = ""
+    handler: Handler, query: Mapping[str, Any], name: str, revision: str, folder: str = ""
 ) -> None:
     found = handler.find(name, revision)
     if found is None:
@@ -440,7 +449,7 @@ def _tree(
 
 
 def _resolve(
-    handler: _Handler, _query: Mapping[str, Any], name: str, revision: str, path: str
+    handler: Handler, _query: Mapping[str, Any], name: str, revision: str, path: str
 ) -> None:
     found = handler.find(name, revision)
     if found is None:
@@ -465,7 +474,7 @@ def _resolve(
     handler.send(302, b"", headers)
 
 
-def _cdn(handler: _Handler, query: Mapping[str, Any], digest: str) -> None:
+def _cdn(handler: Handler, query: Mapping[str, Any], digest: str) -> None:
     content = handler.hub.blob(digest)
     if query.get("Signature") != [str(handler.hub.signature)]:
         handler.send(403)

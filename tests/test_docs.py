@@ -30,8 +30,10 @@ PAGES = [REPOSITORY / "README.md", *sorted(DOCS.rglob("*.md"))]
 PEFT_PAGES = [DOCS / "from-peft.md"]
 """They load PEFT, which a process that is to stay within a memory limit must not have."""
 MOST_NOT_RUN = 12
-EXEMPLARY = [main, *(command for name, command in main.commands.items() if name != "completion")]
-"""Commands whose examples are run; completion's change what a shell starts with."""
+NOT_HERE = {"completion", "consolidate", "push"}
+"""Their examples need a shell that starts, shards, the Hub."""
+EXEMPLARY = [main, *(command for name, command in main.commands.items() if name not in NOT_HERE)]
+"""Commands whose examples are run."""
 
 
 def named(path: Path) -> str:

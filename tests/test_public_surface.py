@@ -21,12 +21,14 @@ PUBLIC = [
     "MergeResult",
     "Plan",
     "StreammergeError",
+    "consolidate",
     "merge",
     "open_adapter",
     "plan",
+    "push",
     "verify",
 ]
-COMMANDS = {"completion", "inspect", "merge", "methods", "plan", "verify"}
+COMMANDS = {"completion", "consolidate", "inspect", "merge", "methods", "plan", "push", "verify"}
 LONGEST_HELP_SECONDS = 0.3
 
 INSTALLED = Path(sys.executable).with_name("streammerge")
@@ -85,7 +87,7 @@ class TestNames:
     def test_plan_takes_what_merge_takes(self) -> None:
         merge = inspect.signature(streammerge.merge).parameters
         plan = inspect.signature(streammerge.plan).parameters
-        only_merge = {"on_event", "overwrite", "resume", "time_limit"}
+        only_merge = {"on_event", "overwrite", "private", "push", "resume", "time_limit"}
         assert [name for name in merge if name not in only_merge] == [
             name for name in plan if name not in only_merge
         ]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import click
 
 from streammerge.cli.completion import completion
+from streammerge.cli.consolidate import consolidate
 from streammerge.cli.inspect import inspect
 from streammerge.cli.merge import merge
 from streammerge.cli.methods import methods
 from streammerge.cli.plan import plan
 from streammerge.cli.program import Program
+from streammerge.cli.push import push
 from streammerge.cli.run import run
 from streammerge.cli.verify import verify
 
@@ -36,5 +38,5 @@ def main() -> None:
     """Merge LoRA adapters: files in, one adapter out, no base model, bounded memory."""
 
 
-for command in (merge, run, plan, inspect, verify, methods, completion):
+for command in (merge, run, plan, inspect, verify, methods, consolidate, push, completion):
     main.add_command(command)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -87,6 +87,9 @@ GRACE_SECONDS = 4.0
 """How long after a signal the process is ended in any case; what is done is in the journal."""
 
 
+Result = TypeVar("Result")
+
+
 def with_exit_codes(command: Callable[..., None]) -> Callable[..., None]:
     """Turn errors into a message and their exit code; with --json also into a JSON object."""
 
@@ -108,15 +111,22 @@ def with_exit_codes(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def stopped_by_signals(command: Callable[..., None]) -> Callable[..., None]:
+def stopped_by_signals(
+    command: Callable[..., Result], resuming: Callable[[], str] | None = None
+) -> Callable[..., Result]:
     """Have a merge stop within seconds at SIGTERM and SIGINT, and say how to go on.
 
     What takes longer than GRACE_SECONDS to end is cut off, as is all at a second signal: a merge
     can be gone on with from whatever state it dies in.
+
+    Args:
+        command: what can be gone on with; its keyword `as_json` says how its errors are told.
+        resuming: returns the command line that goes on; this one with --resume when None.
     """
+    again = resuming or _resuming
 
     @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
+    def run(*args: Any, **kwargs: Any) -> Result:
         def stop(_signum: int, _frame: object) -> NoReturn:
             for number in _SIGNALS:
                 signal.signal(number, lambda *_: None)  # the watch hears of it
@@ -124,21 +134,22 @@ def stopped_by_signals(command: Callable[..., None]) -> Callable[..., None]:
 
         # A shell has what it starts in the background ignore SIGINT, and that stays so.
         before = {number: signal.getsignal(number) for number in _SIGNALS}
-        with _Watch(lambda: _cut_off(kwargs)):
+        with _Watch(lambda: _cut_off(again(), kwargs)):
             for number, handler in before.items():
                 if handler is not signal.SIG_IGN:
                     signal.signal(number, stop)
             try:
-                command(*args, **kwargs)
+                result = command(*args, **kwargs)
             except StoppedError as error:
-                _report_stopped(str(error), kwargs)
+                _report_stopped(str(error), again(), kwargs)
                 raise SystemExit(STOPPED) from error
             except KeyboardInterrupt as error:
-                _report_stopped("stopped", kwargs)
+                _report_stopped("stopped", again(), kwargs)
                 raise SystemExit(STOPPED) from error
             else:
                 for number, handler in before.items():
                     signal.signal(number, handler)
+                return result
 
     return run
 
@@ -184,9 +195,9 @@ class _Watch:
             self._cut_off()
 
 
-def _cut_off(options: dict[str, Any]) -> NoReturn:
+def _cut_off(command: str, options: dict[str, Any]) -> NoReturn:
     """End the process at once, whatever its other threads hold and whether anybody listens."""
-    command, wishes = _resuming(), Wishes.of(options)
+    wishes = Wishes.of(options)
     said = []
     if not wishes.only_json:
         said.append((2, f"error: stopped\ngo on with: {command}\n"))
@@ -223,11 +234,11 @@ def _quoted(word: str) -> str:
     return "$'" + "".join(shown.get(byte, f"\\x{byte:02x}") for byte in os.fsencode(word)) + "'"
 
 
-def _report_stopped(message: str, options: dict[str, Any]) -> None:
+def _report_stopped(message: str, command: str, options: dict[str, Any]) -> None:
     wishes = Wishes.of(options)
-    report("Stopped", message, STOPPED, wishes, resume=_resuming())
+    report("Stopped", message, STOPPED, wishes, resume=command)
     if not wishes.only_json:
-        remark(f"go on with: {_resuming()}")
+        remark(f"go on with: {command}")
 
 
 def report(

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from streammerge.cli.console import (
     command_line,
+    remark,
     say,
     say_json,
     stopped_by_signals,
     tip,
     with_exit_codes,
 )
-from streammerge.cli.options import OUTPUT, merge_options, run_options
+from streammerge.cli.options import OUTPUT, merge_options, push_options, run_options
 from streammerge.cli.plan import show_plan
 from streammerge.cli.program import Sectioned, section
+from streammerge.cli.push import said_of, stoppable
 
 if TYPE_CHECKING:
     from streammerge.api import MergeResult
@@ -37,6 +39,7 @@ Examples:
     OUTPUT,
     click.option("-o", "--output", required=True, type=click.Path(), help="Directory to make."),
 )
+@push_options
 @run_options
 @with_exit_codes
 def merge(
@@ -60,6 +63,8 @@ def run_merge(
     adapters: tuple[str, ...],
     output: str,
     *,
+    push: str | None,
+    private: bool,
     dry_run: bool,
     resume: bool,
     time_limit: str | None,
@@ -68,22 +73,27 @@ def run_merge(
     **options: Any,
 ) -> None:
     """Merge, or show the plan, and print what came out; `options` are those of the Python call."""
+    from streammerge.api import push as verify_and_push
+    from streammerge.errors import PublishedError
+    from streammerge.pushing import check_push, upload
+
     if dry_run:
         show_plan(adapters, output, as_json=as_json, notes=not (quiet and as_json), **options)
         return
+    if push is not None:
+        check_push(push)
     run = {"resume": resume, "time_limit": time_limit, **options}
-    _merge(adapters, output, quiet=quiet, as_json=as_json, options=run)
-
-
-@stopped_by_signals
-def _merge(
-    adapters: tuple[str, ...], output: str, *, quiet: bool, as_json: bool, options: dict[str, Any]
-) -> None:
-    from streammerge.api import merge as run
-    from streammerge.cli.progress import Progress
-
-    with Progress(quiet=quiet, notes=not (quiet and as_json)) as progress:
-        result = run(adapters, output, on_event=progress, **options)
+    try:
+        result = _merge(adapters, output, quiet=quiet, as_json=as_json, options=run)
+    except PublishedError:
+        if push is not None:
+            remark(
+                said_of(stoppable(verify_and_push, output, push, private=private, as_json=as_json))
+            )
+        raise
+    if push is not None:
+        pushed = stoppable(upload, result.output, push, private=private, as_json=as_json)
+        result = replace(result, pushed=pushed)
     if as_json:
         say_json(_facts(result))
         return
@@ -97,6 +107,17 @@ def _next_steps(output: str) -> tuple[str, ...]:
         f"load it:   PeftModel.from_pretrained(model, {output!r})",
         f"check it:  {command_line('verify', output)}",
     )
+
+
+@stopped_by_signals
+def _merge(
+    adapters: tuple[str, ...], output: str, *, quiet: bool, as_json: bool, options: dict[str, Any]
+) -> MergeResult:
+    from streammerge.api import merge as run
+    from streammerge.cli.progress import Progress
+
+    with Progress(quiet=quiet, notes=not (quiet and as_json)) as progress:
+        return run(adapters, output, on_event=progress, **options)
 
 
 def _summary(result: MergeResult) -> list[str]:
@@ -117,6 +138,8 @@ def _summary(result: MergeResult) -> list[str]:
             f"cut to rank {plan.usual_rank}: relative error {mean:.3g} on average, {worst:.3g} "
             f"at most ({target})"
         )
+    if result.pushed is not None:
+        lines.append(said_of(result.pushed))
     return lines
 
 
@@ -127,5 +150,6 @@ def _facts(result: MergeResult) -> dict[str, Any]:
         "write_bytes": result.plan.write_bytes,
         "seconds": result.seconds,
         "notices": list(result.notices),
+        "pushed": asdict(result.pushed) if result.pushed else None,
         "modules": [asdict(module) for module in result.modules],
     }

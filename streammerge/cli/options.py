@@ -289,3 +289,14 @@ run_options = section(
     ),
 )
 """Adds what the commands share that merge."""
+
+push_options = section(
+    OUTPUT,
+    click.option(
+        "--push",
+        metavar="USER/NAME",
+        help="Then bring it to this repository of the Hugging Face Hub.",
+    ),
+    click.option("--private", is_flag=True, help="Make that repository a private one."),
+)
+"""Adds where an output goes besides."""

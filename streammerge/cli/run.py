@@ -9,7 +9,7 @@ import click
 
 from streammerge.cli.console import with_exit_codes
 from streammerge.cli.merge import run_merge
-from streammerge.cli.options import OUTPUT, machine_options, run_options
+from streammerge.cli.options import OUTPUT, machine_options, push_options, run_options
 from streammerge.cli.program import Sectioned, section
 
 EXAMPLES = """\b
@@ -32,6 +32,7 @@ Examples:
     ),
 )
 @machine_options
+@push_options
 @run_options
 @with_exit_codes
 def run(recipe: str, output: str | None, **options: Any) -> None:

@@ -22,8 +22,12 @@ def render_header(regions: Iterable[Region], metadata: Mapping[str, str] = PLAIN
 
     The JSON is filled up with spaces so that the data begin at a multiple of eight bytes, as the
     format recommends.
+
+    Args:
+        regions: in the order in which they are named.
+        metadata: what the file says of itself; what PEFT writes, unless it is given.
     """
-    fields: dict[str, object] = {"__metadata__": metadata}
+    fields: dict[str, object] = {"__metadata__": dict(metadata)}
     for region in regions:
         fields[region.name] = {
             "dtype": region.dtype,

@@ -5,22 +5,29 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from streammerge.adapter import CONFIG_NAME, DIFFUSERS, DTYPE_BITS, INDEX_NAME
-from streammerge.errors import CorruptFileError, MissingFileError, StorageError
+from streammerge.errors import CorruptFileError, MissingFileError, StorageError, StreammergeError
 from streammerge.files import open_regular, read_whole
 from streammerge.output.header import metadata_of
 from streammerge.output.staging import MARK_NAME
 from streammerge.output.writer import READ_BYTES, RegionReader, headers, write_file
-from streammerge.plans import OutputFile, Plan, Region
+from streammerge.plans import Plan, Region
 
 TIMINGS_NAME = "streammerge-timings.json"
 FORMAT = 1
+
+_SEAL = "xxh3"
+"""The record's last field."""
+
+FURNITURE = ("README.md", ".gitattributes")
+"""What the Hub adds to a repository, or a user: it belongs to nothing, and is not checked."""
 
 MAX_RECORD_BYTES = 2**30
 """A record has some 400 bytes for each tensor."""
@@ -38,13 +45,13 @@ def write_config(directory: Path, plan: Plan, recipe: bytes) -> None:
     write_file(directory / RECIPE_NAME, recipe)
     if plan.format == DIFFUSERS:
         return
-    write_file(directory / CONFIG_NAME, _pretty(plan.config))
+    write_file(directory / CONFIG_NAME, render_json(plan.config))
     if len(plan.files) > 1:
         index = {
             "metadata": {"total_size": plan.write_bytes},
             "weight_map": {r.name: plan.files[r.file].name for r in plan.regions},
         }
-        write_file(directory / INDEX_NAME, _pretty(index))
+        write_file(directory / INDEX_NAME, render_json(index))
 
 
 def write_record(
@@ -68,37 +75,52 @@ def write_record(
         "space": plan.space,
         "dtype": plan.dtype,
         "files": [
-            {
-                "name": file.name,
-                "bytes": len(header) + file.data_bytes,
-                "header_bytes": len(header),
-                "header_xxh3": _digest(header),
-            }
+            describe_file(file.name, header, file.data_bytes)
             for file, header in zip(plan.files, rendered, strict=True)
         ],
         "other_files": {
-            path.name: _digest(path.read_bytes())
+            path.name: digest(path.read_bytes())
             for path in sorted(directory.iterdir())
             if path.name in (CONFIG_NAME, INDEX_NAME, RECIPE_NAME)
         },
         "tensors": {
-            region.name: {
-                "file": region.file,
-                "offset": region.offset,
-                "shape": list(region.shape),
-                "dtype": region.dtype,
-                "xxh3": tensors[region.name],
-            }
-            for region in regions
+            region.name: describe_tensor(region, tensors[region.name]) for region in regions
         },
     }
-    write_file(directory / MARK_NAME, _sealed(_pretty(record)))
+    write_file(directory / MARK_NAME, render_record(record))
+
+
+def describe_file(name: str, header: bytes, data_bytes: int) -> dict[str, Any]:
+    """Return what a record says of a file of weights."""
+    return {
+        "name": name,
+        "bytes": len(header) + data_bytes,
+        "header_bytes": len(header),
+        "header_xxh3": digest(header),
+    }
+
+
+def describe_tensor(region: Region, checksum: str) -> dict[str, Any]:
+    """Return what a record says of a tensor."""
+    return {
+        "file": region.file,
+        "offset": region.offset,
+        "shape": list(region.shape),
+        "dtype": region.dtype,
+        "xxh3": checksum,
+    }
+
+
+def render_record(record: Mapping[str, Any]) -> bytes:
+    """Return the text of a record: its JSON, with a checksum of that as its last field."""
+    fields = {name: value for name, value in record.items() if name != _SEAL}
+    return _sealed(render_json(fields))
 
 
 def write_timings(directory: Path, seconds: Mapping[str, float], total: float) -> None:
     """Write how long the run and each target took; this file differs from run to run."""
     write_file(
-        directory / TIMINGS_NAME, _pretty({"total_seconds": total, "target_seconds": seconds})
+        directory / TIMINGS_NAME, render_json({"total_seconds": total, "target_seconds": seconds})
     )
 
 
@@ -113,14 +135,36 @@ def check_record(directory: Path) -> list[str]:
         CorruptFileError: the record is not one.
     """
     record = read_record(directory)
-    problems = [] if _is_sealed(directory / MARK_NAME) else [f"{MARK_NAME} was changed"]
+    with reading_record(directory):
+        problems, sound = _check_files(directory, record)
+        return [*problems, *_check_tensors(directory, record, sound)]
+
+
+def check_but_tensors(directory: Path, record: dict[str, Any]) -> list[str]:
+    """Check an output as `check_record` does, but for the tensors, of which there may be much.
+
+    Raises:
+        CorruptFileError: the record is not one.
+    """
+    with reading_record(directory):
+        return _check_files(directory, record)[0]
+
+
+@contextmanager
+def reading_record(directory: Path) -> Iterator[None]:
+    """Turn what a record lacks, or has of another kind, into an error that says so.
+
+    Raises:
+        CorruptFileError: the record is not one.
+    """
     try:
-        problems += _check_files(directory, record)
+        yield
     except (KeyError, TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+        if isinstance(error, StreammergeError):
+            raise
         raise CorruptFileError(
             "is not a record of a merge", path=str(directory / MARK_NAME)
         ) from error
-    return problems
 
 
 def read_record(directory: Path) -> dict[str, Any]:
@@ -144,34 +188,39 @@ def read_record(directory: Path) -> dict[str, Any]:
     return record
 
 
-def _check_files(directory: Path, record: dict[str, Any]) -> list[str]:
-    known = {MARK_NAME, TIMINGS_NAME, *record["other_files"], *(f["name"] for f in record["files"])}
+def _check_files(directory: Path, record: dict[str, Any]) -> tuple[list[str], list[bool]]:
+    """Return what is wrong with anything but tensors, and which files of weights are sound."""
+    problems = [] if _is_sealed(directory / MARK_NAME) else [f"{MARK_NAME} was changed"]
+    files = record["files"]
+    known = {MARK_NAME, TIMINGS_NAME, *FURNITURE, *record["other_files"]}
+    known |= {facts["name"] for facts in files}
     found = sorted(path.name for path in directory.iterdir())
-    problems = [f"{name} does not belong to it" for name in found if name not in known]
-    for name, digest in record["other_files"].items():
-        if _file_digest(directory / Path(name).name) != digest:
+    problems += [f"{name} does not belong to it" for name in found if name not in known]
+    for name, checksum in record["other_files"].items():
+        if _file_digest(directory / Path(name).name) != checksum:
             problems.append(f"{name} was changed or is missing")
-    files = [OutputFile(f["name"], f["bytes"] - f["header_bytes"]) for f in record["files"]]
     sound = []
-    for file, facts in zip(files, record["files"], strict=True):
-        path = directory / Path(file.name).name
-        wrong = _check_header(path, facts)
-        problems += [f"{file.name} {wrong}"] if wrong else []
+    for facts in files:
+        wrong = _check_header(directory / Path(facts["name"]).name, facts)
+        problems += [f"{facts['name']} {wrong}"] if wrong else []
         sound.append(not wrong)
-    names = [Path(file.name).name for file in files]
+    return problems, sound
+
+
+def _check_tensors(directory: Path, record: dict[str, Any], sound: Sequence[bool]) -> Iterator[str]:
+    names = [Path(facts["name"]).name for facts in record["files"]]
     starts = [facts["header_bytes"] for facts in record["files"]]
     with RegionReader(directory, names, starts) as reader:
         for region in _regions(record["tensors"]):
             if not sound[region.file]:
                 continue
             try:
-                digest = reader.checksum(region)
+                checksum = reader.checksum(region)
             except StorageError as error:
-                problems.append(str(error))
+                yield str(error)
                 continue
-            if digest != record["tensors"][region.name]["xxh3"]:
-                problems.append(f"{files[region.file].name}: {region.name} was changed")
-    return problems
+            if checksum != record["tensors"][region.name]["xxh3"]:
+                yield f"{names[region.file]}: {region.name} was changed"
 
 
 def _check_header(path: Path, facts: dict[str, Any]) -> str:
@@ -185,20 +234,18 @@ def _check_header(path: Path, facts: dict[str, Any]) -> str:
         return f"cannot be read ({error.strerror})"
     if size != facts["bytes"]:
         return f"has {size} bytes, not the {facts['bytes']} that were written"
-    return "" if _digest(header) == facts["header_xxh3"] else "has another header"
+    return "" if digest(header) == facts["header_xxh3"] else "has another header"
 
 
-def _regions(tensors: dict[str, Any]) -> Sequence[Region]:
-    regions = []
+def _regions(tensors: dict[str, Any]) -> Iterator[Region]:
     for name, facts in tensors.items():
         shape, dtype = tuple(int(size) for size in facts["shape"]), str(facts["dtype"])
         nbytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
-        place = int(facts["file"]), int(facts["offset"])
-        regions.append(Region(name, *place, shape, nbytes, dtype))
-    return regions
+        yield Region(name, int(facts["file"]), int(facts["offset"]), shape, nbytes, dtype)
 
 
-def _digest(data: bytes) -> str:
+def digest(data: bytes) -> str:
+    """Return xxh3-128 of bytes, in hexadecimal."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
@@ -220,7 +267,7 @@ def _sealed(text: bytes) -> bytes:
 
 
 def _seal(body: bytes) -> bytes:
-    return b' "xxh3": "' + _digest(body).encode() + b'"\n}\n'
+    return f' "{_SEAL}": "'.encode() + digest(body).encode() + b'"\n}\n'
 
 
 def _is_sealed(path: Path) -> bool:
@@ -229,7 +276,8 @@ def _is_sealed(path: Path) -> bool:
     return text == body + _seal(body)
 
 
-def _pretty(value: Any) -> bytes:
+def render_json(value: Any) -> bytes:
+    """Return the text of a JSON file with a line for each entry, as those of an output are."""
     return (_lines(value, 2) + "\n").encode()
 
 

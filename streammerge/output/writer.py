@@ -60,17 +60,25 @@ def allocate(
     """
     rendered = headers(files, regions, metadata)
     for file, header in zip(files, rendered, strict=True):
-        path = directory / file.name
-        try:
-            with path.open("xb") as stream:
-                os.posix_fallocate(stream.fileno(), 0, len(header) + file.data_bytes)
-                stream.write(header)
-        except OSError as error:
-            raise StorageError(
-                f"{len(header) + file.data_bytes} bytes cannot be allocated ({error.strerror})",
-                path=str(path),
-            ) from error
+        allocate_file(directory / file.name, header, file.data_bytes)
     return tuple(len(header) for header in rendered)
+
+
+def allocate_file(path: Path, header: bytes, data_bytes: int) -> None:
+    """Make a file at its full size with its header.
+
+    Raises:
+        StorageError: there is no room, or the file system refused.
+    """
+    try:
+        with path.open("xb") as stream:
+            os.posix_fallocate(stream.fileno(), 0, len(header) + data_bytes)
+            stream.write(header)
+    except OSError as error:
+        raise StorageError(
+            f"{len(header) + data_bytes} bytes cannot be allocated ({error.strerror})",
+            path=str(path),
+        ) from error
 
 
 def reopen(

@@ -48,6 +48,11 @@ class Entry(NamedTuple):
     offset: int
     nbytes: int
 
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of a number, at least one: its offset should be a multiple of them."""
+        return max(1, DTYPE_BITS[self.dtype] // 8)
+
 
 @dataclass(frozen=True)
 class Header:

@@ -9,8 +9,10 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from streammerge.errors import CorruptFileError, shorten
+from streammerge.adapter import WEIGHTS_NAME
+from streammerge.errors import CorruptFileError, UnsupportedAdapterError, shorten
 from streammerge.files import check_inside, read_whole
+from streammerge.readers.find import find_files
 from streammerge.readers.header import MAX_NAME, Header, read_header
 
 MAX_INDEX_BYTES = 100_000_000
@@ -18,6 +20,25 @@ MAX_INDEX_BYTES = 100_000_000
 
 MAX_SHARDS = 2**16 - 1
 """A column of a manifest counts them in 16 bits."""
+
+
+def read_headers(directory: Path) -> list[Header]:
+    """Read the headers of all files that hold an adapter's tensors, in the order of their names.
+
+    Raises:
+        MissingFileError, CorruptFileError, UnsupportedAdapterError: there are none to be read.
+    """
+    found = find_files(str(directory))
+    if found.index is not None:
+        return read_shards(found.index)
+    assert found.weights is not None, "one of the two is found"
+    if found.weights.name != WEIGHTS_NAME:
+        raise UnsupportedAdapterError(
+            "is one file already, and of another format; --format of a merge writes PEFT's",
+            path=str(found.weights),
+            variant="one file",
+        )
+    return [read_header(found.weights)]
 
 
 def read_shards(index: Path) -> list[Header]:
