@@ -342,7 +342,11 @@ def merge(
             write_timings(staging.path, timings, seconds)
             staging.publish()
     tell(events.Published(os.fspath(output), planned.write_bytes))
-    late = [*_missed(modules), *(f"{left}; the next merge clears up" for left in staging.left)]
+    late = [
+        *_missed(modules),
+        *_undecided(modules),
+        *(f"{left}; the next merge clears up" for left in staging.left),
+    ]
     for notice in late:
         tell(events.Notice(notice))
     return MergeResult(Path(output), planned, modules, (*planned.notices, *late), seconds)
@@ -360,6 +364,18 @@ def _missed(modules: Sequence[ModuleReport]) -> list[str]:
     notice = (
         f"{len(missed)} targets did not reach the tolerance of the truncated SVD in the planned "
         f"passes (such as {missed[0]}); streammerge.json says how far each is off"
+    )
+    return [notice]
+
+
+def _undecided(modules: Sequence[ModuleReport]) -> list[str]:
+    undecided = [module.target for module in modules if not module.basis_unique]
+    if not undecided:
+        return []
+    notice = (
+        f"the bases of {len(undecided)} targets have singular values that are as good as equal "
+        f"(such as {undecided[0]}), so that rounding decides between their directions: on other "
+        "hardware the result may be another one"
     )
     return [notice]
 

@@ -51,6 +51,8 @@ class SpaceSpec:
     """Whether all adapters need the same rank in a target."""
     truncates: bool
     """Whether the result is cut to a rank, so that `rank` and `clamp` make sense."""
+    source: str
+    """The paper, or where else it was defined."""
 
 
 @dataclass(frozen=True)
@@ -124,18 +126,37 @@ SPACES: dict[str, SpaceSpec] = {
             summary="the sum itself, factors side by side: rank is the sum of ranks",
             equal_ranks=False,
             truncates=False,
+            source="PEFT",
         ),
         SpaceSpec(
             name="factor",
             summary="the rule on all A's and on all B's, each on their own",
             equal_ranks=True,
             truncates=False,
+            source="PEFT",
         ),
         SpaceSpec(
             name="delta",
             summary="the rule on the deltas B·A·s, then the best approximation of a rank",
             equal_ranks=False,
             truncates=True,
+            source="PEFT",
+        ),
+        SpaceSpec(
+            name="core",
+            summary="the rule on the deltas' coordinates in bases of all B's and of all A's, then "
+            "the best approximation of a rank",
+            equal_ranks=False,
+            truncates=True,
+            source="Panariello et al. 2025, arXiv 2509.17786",
+        ),
+        SpaceSpec(
+            name="knots",
+            summary="the rule on the deltas' coordinates in the left singular vectors of all "
+            "deltas side by side, then the best approximation of a rank",
+            equal_ranks=False,
+            truncates=True,
+            source="Stoica et al. 2024, arXiv 2410.19735",
         ),
     )
 }

@@ -14,7 +14,6 @@ from streammerge.planner.align import Group
 from streammerge.planner.cost import arithmetic, prefers_scratch
 from streammerge.planner.memory import (
     Holding,
-    factor_bytes,
     joined_tile_bytes,
     project,
     project_fetched,
@@ -23,7 +22,7 @@ from streammerge.planner.memory import (
     stack_bytes,
     tile_bytes,
 )
-from streammerge.planner.routes import Course, Shape
+from streammerge.planner.routes import COORDINATES, Course, Shape, seen_shape
 from streammerge.plans import Region, Task
 from streammerge.tiling import (
     factor_groups,
@@ -43,6 +42,11 @@ class Draft:
     group: Group
     shape: Shape
     course: Course
+
+    @property
+    def seen(self) -> Shape:
+        """The shape of what the rule sees."""
+        return seen_shape(self.course.route, self.shape)
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,7 @@ def _team(draft: Draft, rule: RuleSpec, limits: Limits) -> int:
 
 def _parts(draft: Draft) -> int:
     """Into how many parts a target's work falls that can be done side by side."""
-    shape, route = draft.shape, draft.course.route
+    shape, route = draft.seen, draft.course.route
     if route == "fold":
         return len(flat_tiles(shape.rank * shape.small))
     if route == "sum":
@@ -274,19 +278,20 @@ def _hold(draft: Draft, rule: RuleSpec, room: int, lanes: int) -> Holding:
     room -= _least(draft, rule, lanes)
     if draft.course.route == "concatenate":
         return Holding(tiles=_joined_tiles(shape, room))
-    if draft.course.route not in ("fold", "sum", "dense", "krylov"):
+    if draft.course.route not in ("fold", "sum", "dense", "krylov", *COORDINATES.values()):
         return Holding(lanes=lanes)
+    factors = _held_factors(draft, room)
     if draft.course.route == "sum":
-        return Holding(factors=_held_factors(shape, room), lanes=lanes)
-    factors = _held_factors(shape, room) if draft.course.route != "fold" else 0
-    room -= factor_bytes(shape, factors)
+        return Holding(factors=factors, lanes=lanes)
+    room -= sum(shape.ranks[:factors]) * _held_sides(draft) * shape.item
     stack = lanes * stack_bytes(shape, _tile_elements(draft))
     stacked = rule.sweeps > 1 and stack <= room
     room -= stack if stacked else 0
-    if draft.course.route != "krylov":
+    if not draft.course.passes:
         # Each tile is made once: for the output, or for a matrix that is held as a whole.
         return Holding(factors=factors, stacked=stacked, lanes=lanes)
-    tiles = min(len(row_tiles(shape.m, shape.n)), room // tile_bytes(shape))
+    seen = draft.seen
+    tiles = min(len(row_tiles(seen.m, seen.n)), room // tile_bytes(seen))
     return Holding(tiles, factors, stacked, lanes)
 
 
@@ -306,14 +311,26 @@ PART_ELEMENTS = 2**15
 more than what is read."""
 
 
-def _held_factors(shape: Shape, room: int) -> int:
+def _held_factors(draft: Draft, room: int) -> int:
     """Return of how many sources the factors fit into `room` bytes."""
-    sizes = np.cumsum(shape.ranks) * (shape.m + shape.n) * shape.item
+    sides = _held_sides(draft)
+    if not sides:
+        return 0
+    sizes = np.cumsum(draft.shape.ranks) * sides * draft.shape.item
     return int(np.searchsorted(sizes, room, side="right"))
 
 
+def _held_sides(draft: Draft) -> int:
+    """Return how many numbers of a source's factors are held, for each of its ranks.
+
+    A fold reads them once; coordinates of B, or of both, are held in any case.
+    """
+    held = {"fold": 0, "both_bases": 0, "left_basis": draft.shape.n}
+    return held.get(draft.course.route, draft.shape.m + draft.shape.n)
+
+
 def _tile_elements(draft: Draft) -> int:
-    shape = draft.shape
+    shape = draft.seen
     if draft.course.route == "fold":
         return max(longest(flat_tiles(shape.rank * side)) for side in (shape.m, shape.n))
     return longest(row_tiles(shape.m, shape.n)) * shape.n

@@ -123,7 +123,8 @@ def resolve_method(recipe: Recipe) -> tuple[RuleSpec, SpaceSpec]:
     rule = RULES[method.rule]
     if space.name == "exact" and rule.name != "linear":
         raise RecipeError(
-            f"only a weighted sum has an exact pair; {rule.name} goes with factor or delta",
+            f"only a weighted sum has an exact pair; {rule.name} goes with "
+            f"{', '.join(name for name in SPACES if name != space.name)}",
             option="space",
         )
     _check_options(recipe, rule, space)

@@ -1,4 +1,4 @@
-"""The eleven methods once more, dense and in float64, straight from the formulas.
+"""The methods once more, dense and in float64, straight from the formulas.
 
 Nothing here knows of files, tiles or streammerge. A source is one adapter's share of one target,
 with both factors as matrices: B is m x r, A is r x n, and its delta is (B A) * scaling.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -171,6 +172,54 @@ def merge_delta(
     return apply_rule(
         rule_of(method), deltas, weights, density=density, majority_sign=majority_sign, masks=masks
     )
+
+
+def merge_knots(
+    rule: str, sources: Sequence[Source], weights: Sequence[float], **options: Any
+) -> Matrix:
+    """The merged matrix of a rule in KnOTS space, before it is truncated, as the authors do it.
+
+    With the deltas side by side = U S [V_1 ... V_N]^T, the rule sees the blocks S V_t^T.
+    """
+    u, s, vt = np.linalg.svd(np.hstack([source.delta for source in sources]), full_matrices=False)
+    u, s, vt = _settled(u, s, vt)
+    blocks = np.split(s[:, None] * vt, len(sources), axis=1)
+    return u @ apply_rule(rule, blocks, weights, **options)
+
+
+def merge_core(
+    rule: str, sources: Sequence[Source], weights: Sequence[float], **options: Any
+) -> Matrix:
+    """The merged matrix of a rule in core space, before it is truncated.
+
+    U: left singular vectors of the B's side by side; V: right ones of the A's one below the other.
+    """
+    u, s, vt = np.linalg.svd(np.hstack([source.b for source in sources]), full_matrices=False)
+    u, _, _ = _settled(u, s, vt)
+    v, s, wt = np.linalg.svd(np.vstack([source.a for source in sources]).T, full_matrices=False)
+    v, _, _ = _settled(v, s, wt)
+    cores = [source.scaling * (u.T @ source.b @ source.a @ v) for source in sources]
+    return u @ apply_rule(rule, cores, weights, **options) @ v.T
+
+
+MERGE_IN = {"core": merge_core, "knots": merge_knots}
+
+
+def coordinates(space: str, sources: Sequence[Source]) -> tuple[int, int]:
+    """The shape of what a rule sees in a space."""
+    left = [source.b if space == "core" else source.delta for source in sources]
+    height = np.linalg.matrix_rank(np.hstack(left), rtol=1e-9)
+    if space == "knots":
+        return int(height), sources[0].a.shape[1]
+    return int(height), int(np.linalg.matrix_rank(np.vstack([s.a for s in sources]), rtol=1e-9))
+
+
+def _settled(u: Matrix, s: Matrix, vt: Matrix) -> tuple[Matrix, Matrix, Matrix]:
+    """Without the triples of zero, and with the largest entry of each left vector positive."""
+    kept = s > 1e-9 * s[0]
+    u, s, vt = u[:, kept], s[kept], vt[kept]
+    signs = np.sign(np.take_along_axis(u, np.abs(u).argmax(axis=0)[None], axis=0)[0])
+    return u * signs, s, vt * signs[:, None]
 
 
 def best_rank(delta: Matrix, rank: int) -> Matrix:
