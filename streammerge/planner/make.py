@@ -13,8 +13,9 @@ from streammerge.catalog import METHODS, RULES, SPACES, RuleSpec, SpaceSpec
 from streammerge.errors import RecipeError
 from streammerge.planner.align import Alignment, align, check_shapes, gather
 from streammerge.planner.checks import check_bases, check_extras, check_range, partial_targets
-from streammerge.planner.fit import Draft, fit, plan_task
+from streammerge.planner.fit import fit, plan_task
 from streammerge.planner.formats import image_config, output_format
+from streammerge.planner.hold import Draft
 from streammerge.planner.layout import Pair, lay_out
 from streammerge.planner.output_config import output_config
 from streammerge.planner.routes import Shape, choose_course
