@@ -161,7 +161,7 @@ def _count(values: torch.Tensor, dtype: torch.dtype) -> int:
 
 def _sign_(vectors: torch.Tensor) -> torch.Tensor:
     """Turn columns, in place, so that the first of the largest entries of each is positive."""
-    for block in torch.split(vectors, SIGNED, dim=1):
+    for block in torch.split(vectors, max(1, SIGNED // len(vectors)), dim=1):
         sizes = block.abs()
         first = (sizes >= (1 - ALIKE) * sizes.amax(0)).to(torch.int8).argmax(0)
         chosen = block.gather(0, first[None])

@@ -44,8 +44,8 @@ COUNTER_BYTES = 2 * 1024**2
 DRAWN = 2**18
 """Elements of a stream of random bits that are drawn at once."""
 
-SIGNED = 256
-"""Directions of a basis whose signs are settled at once."""
+SIGNED = 2**20
+"""Entries of a basis that are looked at together for the signs, unless one vector has more."""
 
 GATHERED = 16 * 2**16
 """Elements of a bracket around a threshold that are gathered at most, over all tiles."""
@@ -194,6 +194,8 @@ def _in_bases(rule: RuleSpec, shape: Shape, course: Course, holding: Holding) ->
     seen, k = seen_shape(course.route, shape), shape.total_rank
     sides = (shape.m,) if course.route == "left_basis" else (shape.m, shape.n)
     bases = sum(side * min(side, k) for side in sides) * shape.item
+    if len(sides) == 1:
+        bases += sum(rank * rank for rank in shape.ranks) * DOUBLE  # the L's
     making = max(_basis(shape, side, holding.lanes) for side in sides)
     # A's coordinates are as wide as A in the one route, and read when they are needed.
     coordinates = (seen.m if len(sides) == 1 else seen.m + seen.n) * k * shape.item
@@ -208,12 +210,15 @@ def _basis(shape: Shape, side: int, lanes: int) -> int:
     float64 as they are multiplied. Or their QR and the SVD of the triangle."""
     k = shape.total_rank
     order, stack = min(side, k), side * k * shape.item
-    reading = max(shape.ranks) * max(shape.m, shape.n) * (shape.item + shape.stored_item)
-    signs = SIGNED * side * (2 * shape.item + 2)
+    largest = max(shape.ranks)
+    reading = largest * max(shape.m, shape.n) * (shape.item + shape.stored_item)
+    rooting = lanes * (2 * reading + 5 * largest * largest * DOUBLE)
+    signs = min(side * order, max(side, SIGNED)) * (2 * shape.item + 2)
     if shape.item == DOUBLE:
-        return 4 * stack + 8 * order * order * DOUBLE + max(reading, signs)
+        return max(rooting, 4 * stack + 8 * order * order * DOUBLE + max(reading, signs))
     rows = longest(gram_rows(side)) * max(k, order) + longest(gram_rows(k)) * order
-    return stack + 5 * order * order * DOUBLE + max(reading, signs, lanes * 2 * rows * DOUBLE)
+    working = max(reading, signs, lanes * 2 * rows * DOUBLE)
+    return max(rooting, stack + 5 * order * order * DOUBLE + working)
 
 
 def _coordinates(rule: RuleSpec, seen: Shape, course: Course, holding: Holding) -> int:
