@@ -55,7 +55,7 @@ def dense_core(sources: Sequence[Source]) -> tuple[Matrix, float]:
     The bases come from the factors in the authors' code too. What is dense there is the result,
     and an adapter made of it takes its SVD.
     """
-    merged = restated.merge_core("ties", sources, [1.0] * len(sources), density=DENSITY)
+    merged = restated.merge_in("core", "ties", sources, [1.0] * len(sources), density=DENSITY)
     began = time.perf_counter()
     torch.linalg.svd(torch.from_numpy(merged), full_matrices=False)
     return merged, time.perf_counter() - began

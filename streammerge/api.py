@@ -98,6 +98,7 @@ def plan(
     method: str = "svd",
     weights: Sequence[Setting] | None = None,
     density: float | Sequence[Setting] | None = None,
+    gamma: float | None = None,
     normalize: bool = False,
     rank: int | None = None,
     space: str | None = None,
@@ -140,6 +141,7 @@ def plan(
         method=method,
         weights=weights,
         density=density,
+        gamma=gamma,
         normalize=normalize,
         rank=rank,
         space=space,
@@ -180,6 +182,7 @@ def merge(
     method: str = "svd",
     weights: Sequence[Setting] | None = None,
     density: float | Sequence[Setting] | None = None,
+    gamma: float | None = None,
     normalize: bool = False,
     rank: int | None = None,
     space: str | None = None,
@@ -217,15 +220,17 @@ def merge(
             "user/repo@revision", in the order of their weights; PEFT's, diffusers', kohya's and
             MLX's are read.
         output: directory to make; it appears whole, or not at all.
-        method: one of PEFT's combination types, such as "svd", "ties" or "dare_ties_svd".
+        method: one of PEFT's combination types, such as "svd", "ties" or "dare_ties_svd", or
+            another name that `streammerge methods` lists.
         weights: one for each adapter, 1.0 each when None: a number; a list of numbers, spaced
             evenly from the first layer to the last; or a list of {"filter": …, "value": …}, of
             which the first holds whose filter is found in the target's name.
         density: share of elements kept, in [0, 1]; for the methods that prune or drop. A number
             for all adapters, or a list with one for each, like the weights.
+        gamma: share of the largest elements that breadcrumbs drops as outliers, 0.01 when None.
         normalize: divide the weights by their sum, in each target over the adapters that have it.
         rank: of the output, for truncating methods; the largest of the inputs when None.
-        space: "factor", "delta" or "exact", instead of the method's own.
+        space: "factor", "delta", "core", "knots" or "exact", instead of the method's own.
         majority_sign: "total" or "frequency", for the methods that elect a sign.
         clamp: quantile in (0, 1] at which truncated factors are clamped, PEFT's `svd_clamp`.
         seed: of DARE's masks and of the iteration's start.
@@ -287,6 +292,7 @@ def merge(
         method=method,
         weights=weights,
         density=density,
+        gamma=gamma,
         normalize=normalize,
         rank=rank,
         space=space,

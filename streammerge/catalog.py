@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["element-wise", "coefficient", "spectral"]
-Sparsity = Literal["none", "largest", "random"]
+Sparsity = Literal["none", "largest", "middle", "random"]
+
+OUTLIERS = 0.01
+"""Share of the largest elements that count as outliers, unless another is asked for."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class RuleSpec:
     source: str
     """The paper, or PEFT where it was defined there."""
     sparsity: Sparsity = "none"
-    """Which elements it keeps: all, the largest by magnitude, or random ones."""
+    """Which elements it keeps: all, the largest by magnitude, the largest but for outliers, or
+    random ones."""
     elects: bool = False
     """Whether it takes `majority_sign`."""
     sweeps: int = 1
@@ -39,6 +43,11 @@ class RuleSpec:
     def needs_density(self) -> bool:
         """Whether the rule keeps a share of the elements."""
         return self.sparsity != "none"
+
+    @property
+    def cuts(self) -> int:
+        """How many thresholds it needs in each tensor."""
+        return {"largest": 1, "middle": 2}.get(self.sparsity, 0)
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,15 @@ RULES: dict[str, RuleSpec] = {
             sparsity="largest",
             operations=6,
         ),
+        RuleSpec(
+            name="breadcrumbs",
+            kind="element-wise",
+            summary="keep the largest but for outliers, weighted sum",
+            source="Davari and Belilovsky 2023, arXiv 2312.06795",
+            sparsity="middle",
+            tile_buffers=1,
+            operations=12,
+        ),
     )
 }
 
@@ -175,6 +193,7 @@ METHODS: dict[str, Method] = {
         Method("dare_ties_svd", "dare_ties", "delta"),
         Method("magnitude_prune", "magnitude_prune", "factor"),
         Method("magnitude_prune_svd", "magnitude_prune", "delta"),
+        Method("breadcrumbs", "breadcrumbs", "delta"),
     )
 }
-"""PEFT's eleven combination types."""
+"""PEFT's eleven combination types, and what others call by a name of its own."""

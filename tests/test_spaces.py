@@ -85,10 +85,16 @@ def merged(
     return merge(adapters, weights, method, space, **{**EXACT, **options})[0].delta
 
 
+def seen_shape(space: str, adapters: Sequence[Source]) -> tuple[int, int]:
+    """The shape of what a rule sees."""
+    rows, columns = restated.in_coordinates(space, adapters).tensors[0].shape
+    return rows, columns
+
+
 def masks_for(rule: str, space: str, adapters: Sequence[Source]) -> list[Any] | None:
     if not restated.uses_masks(rule):
         return None
-    make, shape = stream_masks(DENSITY), restated.coordinates(space, adapters)
+    make, shape = stream_masks(DENSITY), seen_shape(space, adapters)
     return [make(i, "layer", space, shape) for i in range(len(adapters))]
 
 
@@ -104,11 +110,11 @@ def test_the_formulas(space: str, rule: str, case: str, compute: str) -> None:
     adapters = CASES[case]
     weights = (1.0, -0.6, 0.3, 2.0, 1.0)[: len(adapters)]
     masks = masks_for(rule, space, adapters)
-    expected = restated.MERGE_IN[space](rule, adapters, weights, density=DENSITY, masks=masks)
+    expected = restated.merge_in(space, rule, adapters, weights, density=DENSITY, masks=masks)
     found, report = merge(
         adapters, weights, rule, space, density=DENSITY, compute_dtype=compute, dtype="float64"
     )
-    shape = restated.coordinates(space, adapters)
+    shape = seen_shape(space, adapters)
     assert report.directions == shape[: len(report.directions or ())]
     assert report.basis_unique
     assert relative_error(found.delta, expected) < (1e-11 if compute == "float64" else 1e-5)
@@ -121,7 +127,7 @@ def test_the_sign_of_the_majority(rule: str, space: str) -> None:
     adapters, weights = CASES["few"], (1.0, -0.6, 0.3)
     options = {"density": DENSITY, "majority_sign": "frequency"}
     masks = masks_for(rule, space, adapters)
-    expected = restated.MERGE_IN[space](rule, adapters, weights, masks=masks, **options)
+    expected = restated.merge_in(space, rule, adapters, weights, masks=masks, **options)
     assert relative_error(merged(adapters, weights, rule, space, **options), expected) < 1e-11
 
 
@@ -129,7 +135,7 @@ def test_the_sign_of_the_majority(rule: str, space: str) -> None:
 def test_the_best_pair_of_a_rank(space: str) -> None:
     """So many directions that the coordinates are iterated on."""
     adapters, weights = sources(280, 275, (90, 90, 90)), (1.0, 0.5, -0.7)
-    expected = restated.MERGE_IN[space]("ties", adapters, weights, density=DENSITY)
+    expected = restated.merge_in(space, "ties", adapters, weights, density=DENSITY)
     found, report = merge(adapters, weights, "ties", space, density=DENSITY, rank=4)
     distance = float(np.linalg.norm(expected - found.delta))
     best, whole = restated.residual(expected, 4), float(np.linalg.norm(expected))

@@ -134,7 +134,7 @@ def _team(draft: Draft, rule: RuleSpec, limits: Limits) -> int:
         return 1
     work = arithmetic(draft.course, rule, draft.shape)
     others = limits.workers * limits.budget.threads * ROUNDS
-    searched = len(draft.shape.ranks) if rule.sparsity == "largest" else 0
+    searched = rule.cuts * len(draft.shape.ranks)
     passes = searched + draft.course.passes * (2 if draft.course.route == "sum" else 1)
     if work < PASS_WORK * passes or work * others <= limits.whole:
         return 1

@@ -12,7 +12,13 @@ from streammerge.budget import ON_CPU, Budget, Device
 from streammerge.catalog import METHODS, RULES, SPACES, RuleSpec, SpaceSpec
 from streammerge.errors import RecipeError
 from streammerge.planner.align import Alignment, align, check_shapes, gather
-from streammerge.planner.checks import check_bases, check_extras, check_range, partial_targets
+from streammerge.planner.checks import (
+    check_bases,
+    check_extras,
+    check_range,
+    check_shares,
+    partial_targets,
+)
 from streammerge.planner.fit import fit, plan_task
 from streammerge.planner.formats import image_config, output_format
 from streammerge.planner.hold import Draft
@@ -58,6 +64,7 @@ def make_plan(
     alignment = align(adapters, recipe.include, recipe.exclude)
     sources = resolve(alignment, scaling, recipe)
     check_range(adapters, sources, recipe.compute_dtype)
+    check_shares(sources, rule, recipe.gamma)
     check_shapes(adapters, alignment, equal_ranks=space.equal_ranks)
     dtype = output_dtype(adapters, alignment, recipe.dtype)
     shapes = _shapes(adapters, alignment, recipe, space, dtype, stream=stream)
@@ -138,6 +145,8 @@ def _check_options(recipe: Recipe, rule: RuleSpec, space: SpaceSpec) -> None:
         raise RecipeError(f"{what} needs a density in [0, 1]", option="density")
     if not rule.needs_density and recipe.density is not None:
         raise RecipeError(f"density does not go with {what}, which keeps all", option="density")
+    if rule.sparsity != "middle" and recipe.gamma is not None:
+        raise RecipeError(f"gamma does not go with {what}, which keeps outliers", option="gamma")
     if rule.elects and recipe.normalize:
         raise RecipeError(
             f"normalize does not go with {what}, which divides by how many agree, not by their "

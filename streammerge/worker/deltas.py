@@ -10,7 +10,7 @@ import torch
 
 from streammerge.kernels.krylov import block_krylov
 from streammerge.kernels.matrices import RowTiles, TiledMatrix, dense
-from streammerge.kernels.thresholds import Stream, Threshold
+from streammerge.kernels.thresholds import Cut, Stream
 from streammerge.kernels.tiles import HeldTiles, MergedTiles, Operands
 from streammerge.lowrank import Truncation
 from streammerge.output.scratch import ScratchFile
@@ -97,7 +97,7 @@ class MergedTensors:
         """Return matrix i, for the search of its threshold."""
         return self.tiles.stream(i)
 
-    def matrix(self, thresholds: tuple[Threshold, ...]) -> RowTiles:
+    def matrix(self, thresholds: tuple[Cut, ...]) -> RowTiles:
         """Return the merged matrix, of matrices cut there; it holds tiles from now on."""
         if self._held is None:
             task = self._work.task

@@ -15,6 +15,7 @@ import torch
 
 from streammerge.adapter import Adapter, TensorFile
 from streammerge.budget import AUTO, CPU, HEADROOM, Device, resident_bytes, round_process
+from streammerge.catalog import OUTLIERS
 from streammerge.errors import RecipeError
 from streammerge.hub import Ranges, Span
 from streammerge.kernels.tiles import RuleOptions
@@ -79,7 +80,10 @@ class Job:
         recipe = plan.recipe
         self.dtype: torch.dtype = getattr(torch, recipe["compute_dtype"])
         self.output_dtype: torch.dtype = getattr(torch, plan.dtype)
-        self.options = RuleOptions(plan.rule, recipe["majority_sign"])
+        gamma = recipe["gamma"]
+        self.options = RuleOptions(
+            plan.rule, recipe["majority_sign"], OUTLIERS if gamma is None else float(gamma)
+        )
 
     def window(self, file: TensorFile, offset: int, nbytes: int) -> Bytes:
         """Return stored bytes of an input.
