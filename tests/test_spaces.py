@@ -180,6 +180,22 @@ def test_copies(space: str, rule: str) -> None:
     assert relative_error(found, alone * (1 if rule == "ties" else 4)) < 1e-11
 
 
+@pytest.mark.parametrize("compute", ["float32", "float64"])
+@pytest.mark.parametrize("sign", ["total", "frequency"])
+@pytest.mark.parametrize("space", SPACES)
+def test_adapters_that_share_nothing_are_added_up(space: str, sign: str, compute: str) -> None:
+    """What rounding leaves of one in the directions of another neither votes nor counts."""
+    adapters = sources(24, 30, (3, 4, 2))
+    for i, source in enumerate(adapters):
+        source.b[: 8 * i] = 0.0
+        source.b[8 * i + 8 :] = 0.0
+    weights = (1.0, -0.6, 0.3)
+    options = {"density": 1.0, "majority_sign": sign, "compute_dtype": compute}
+    found = merged(adapters, weights, "ties", space, **options)
+    expected = restated.merge_delta("svd", adapters, weights)
+    assert relative_error(found, expected) < (1e-11 if compute == "float64" else 1e-5)
+
+
 @pytest.mark.parametrize("rule", ["ties", "magnitude_prune"])
 @pytest.mark.parametrize("space", SPACES)
 def test_the_order_of_adapters_does_not_matter(space: str, rule: str) -> None:

@@ -191,6 +191,8 @@ def _present(case: Case, target: str) -> Present:
 
 def _masks(case: Case, here: Present, tensor: str, shape: tuple[int, int]) -> list[Mask]:
     limit = keep_limit(case.options["density"])
+    if not math.prod(shape):
+        return [np.zeros(shape, bool) for _ in here.positions]
     return [
         (
             random_bits(

@@ -35,8 +35,8 @@ def methods(as_json: bool) -> None:
         say_json([dict(zip(header, row, strict=True)) for row in rows])
         return
     say(*table(rows, header), "")
-    say(*facts([(f"space {space.name}:", _about(space)) for space in SPACES.values()]), "")
-    say("Any rule runs in any space (--method ties --space core); exact is for sums alone.")
+    about = [(f"space {space.name}:", _about(space)) for space in SPACES.values()]
+    say(*facts([*about, ("any rule:", "in any space by --space; but exact is for sums alone")]))
 
 
 def _about(space: SpaceSpec) -> str:

@@ -18,10 +18,8 @@ from streammerge.kernels.each import Each
 from streammerge.kernels.grams import gram, gram_of_parts, multiply
 from streammerge.lowrank import thin_qr
 from streammerge.planner.memory import SIGNED
+from streammerge.spaces.bases import ROUNDING
 from streammerge.tiling import GRAM_ROWS
-
-CUTOFF = {torch.float32: 1e-6, torch.float64: 1e-12}
-"""Directions with singular values below this share of the largest are rounding, and dropped."""
 
 ALIKE = 1e-4
 """Entries this near to the largest, relatively, count as equal to it: a sign that hangs on the
@@ -156,7 +154,7 @@ def _by_qr(
 def _count(values: torch.Tensor, dtype: torch.dtype) -> int:
     """Return how many of falling singular values are not rounding."""
     largest = float(values[0])
-    return int(torch.count_nonzero(values > CUTOFF[dtype] * largest))
+    return int(torch.count_nonzero(values > ROUNDING[dtype] * largest))
 
 
 def _sign_(vectors: torch.Tensor) -> torch.Tensor:

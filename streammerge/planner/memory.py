@@ -200,6 +200,8 @@ def _in_bases(rule: RuleSpec, shape: Shape, course: Course, holding: Holding) ->
     # A's coordinates are as wide as A in the one route, and read when they are needed.
     coordinates = (seen.m if len(sides) == 1 else seen.m + seen.n) * k * shape.item
     reading = max(shape.ranks) * max(shape.m, shape.n) * (shape.item + shape.stored_item)
+    projecting = 2 * max(seen.m, seen.n) * shape.item + max(shape.m, shape.n) * DOUBLE
+    reading += max(shape.ranks) * projecting
     merging = _coordinates(rule, seen, course, holding)
     later = coordinates + max(holding.lanes * reading, merging)
     return bases + max(making, later) + _pair(shape)

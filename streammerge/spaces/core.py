@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from streammerge.spaces.bases import coordinates
+
 
 def core_factors(
     b: torch.Tensor, a: torch.Tensor, left: torch.Tensor, right: torch.Tensor
@@ -21,4 +23,4 @@ def core_factors(
         left: U, m × k.
         right: V, n × l.
     """
-    return left.mT @ b, a @ right
+    return coordinates(left, b), coordinates(right, a.mT).mT.contiguous()

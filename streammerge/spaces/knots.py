@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from streammerge.spaces.bases import coordinates
+
 
 def knots_factor(b: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
     """Return the coordinates of B, whose product with A times the scaling is the block S·Vᵀ.
@@ -18,4 +20,4 @@ def knots_factor(b: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
         b: m × r.
         left: U, m × k.
     """
-    return left.mT @ b
+    return coordinates(left, b)
