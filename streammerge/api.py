@@ -102,6 +102,7 @@ def plan(
     method: str = "svd",
     weights: Sequence[Setting] | None = None,
     density: float | Sequence[Setting] | None = None,
+    gamma: float | None = None,
     normalize: bool = False,
     rank: int | None = None,
     space: str | None = None,
@@ -144,6 +145,7 @@ def plan(
         method=method,
         weights=weights,
         density=density,
+        gamma=gamma,
         normalize=normalize,
         rank=rank,
         space=space,
@@ -184,6 +186,7 @@ def merge(
     method: str = "svd",
     weights: Sequence[Setting] | None = None,
     density: float | Sequence[Setting] | None = None,
+    gamma: float | None = None,
     normalize: bool = False,
     rank: int | None = None,
     space: str | None = None,
@@ -223,15 +226,17 @@ def merge(
             "user/repo@revision", in the order of their weights; PEFT's, diffusers', kohya's and
             MLX's are read.
         output: directory to make; it appears whole, or not at all.
-        method: one of PEFT's combination types, such as "svd", "ties" or "dare_ties_svd".
+        method: one of PEFT's combination types, such as "svd", "ties" or "dare_ties_svd", or
+            another name that `streammerge methods` lists.
         weights: one for each adapter, 1.0 each when None: a number; a list of numbers, spaced
             evenly from the first layer to the last; or a list of {"filter": …, "value": …}, of
             which the first holds whose filter is found in the target's name.
         density: share of elements kept, in [0, 1]; for the methods that prune or drop. A number
             for all adapters, or a list with one for each, like the weights.
+        gamma: share of the largest elements that breadcrumbs drops as outliers, 0.01 when None.
         normalize: divide the weights by their sum, in each target over the adapters that have it.
         rank: of the output, for truncating methods; the largest of the inputs when None.
-        space: "factor", "delta" or "exact", instead of the method's own.
+        space: "factor", "delta", "core", "knots" or "exact", instead of the method's own.
         majority_sign: "total" or "frequency", for the methods that elect a sign.
         clamp: quantile in (0, 1] at which truncated factors are clamped, PEFT's `svd_clamp`.
         seed: of DARE's masks and of the iteration's start.
@@ -302,6 +307,7 @@ def merge(
         method=method,
         weights=weights,
         density=density,
+        gamma=gamma,
         normalize=normalize,
         rank=rank,
         space=space,
@@ -362,7 +368,11 @@ def merge(
             write_timings(staging.path, timings, seconds)
             staging.publish()
     tell(events.Published(os.fspath(output), planned.write_bytes))
-    late = [*_missed(modules), *(f"{left}; the next merge clears up" for left in staging.left)]
+    late = [
+        *_missed(modules),
+        *_undecided(modules),
+        *(f"{left}; the next merge clears up" for left in staging.left),
+    ]
     for notice in late:
         tell(events.Notice(notice))
     result = MergeResult(Path(output), planned, modules, (*planned.notices, *late), seconds)
@@ -391,6 +401,18 @@ def _missed(modules: Sequence[ModuleReport]) -> list[str]:
     notice = (
         f"{len(missed)} targets did not reach the tolerance of the truncated SVD in the planned "
         f"passes (such as {missed[0]}); streammerge.json says how far each is off"
+    )
+    return [notice]
+
+
+def _undecided(modules: Sequence[ModuleReport]) -> list[str]:
+    undecided = [module.target for module in modules if not module.basis_unique]
+    if not undecided:
+        return []
+    notice = (
+        f"the bases of {len(undecided)} targets have singular values that are as good as equal "
+        f"(such as {undecided[0]}), so that rounding decides between their directions: on other "
+        "hardware the result may be another one"
     )
     return [notice]
 

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["element-wise", "coefficient", "spectral"]
-Sparsity = Literal["none", "largest", "random"]
+Sparsity = Literal["none", "largest", "middle", "random"]
+
+OUTLIERS = 0.01
+"""Share of the largest elements that count as outliers, unless another is asked for."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class RuleSpec:
     source: str
     """The paper, or PEFT where it was defined there."""
     sparsity: Sparsity = "none"
-    """Which elements it keeps: all, the largest by magnitude, or random ones."""
+    """Which elements it keeps: all, the largest by magnitude, the largest but for outliers, or
+    random ones."""
     elects: bool = False
     """Whether it takes `majority_sign`."""
     sweeps: int = 1
@@ -40,6 +44,11 @@ class RuleSpec:
         """Whether the rule keeps a share of the elements."""
         return self.sparsity != "none"
 
+    @property
+    def cuts(self) -> int:
+        """How many thresholds it needs in each tensor."""
+        return {"largest": 1, "middle": 2}.get(self.sparsity, 0)
+
 
 @dataclass(frozen=True)
 class SpaceSpec:
@@ -51,6 +60,8 @@ class SpaceSpec:
     """Whether all adapters need the same rank in a target."""
     truncates: bool
     """Whether the result is cut to a rank, so that `rank` and `clamp` make sense."""
+    source: str
+    """The paper, or where else it was defined."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,15 @@ RULES: dict[str, RuleSpec] = {
             sparsity="largest",
             operations=6,
         ),
+        RuleSpec(
+            name="breadcrumbs",
+            kind="element-wise",
+            summary="keep the largest but for outliers, weighted sum",
+            source="Davari and Belilovsky 2023, arXiv 2312.06795",
+            sparsity="middle",
+            tile_buffers=1,
+            operations=12,
+        ),
     )
 }
 
@@ -124,18 +144,37 @@ SPACES: dict[str, SpaceSpec] = {
             summary="the sum itself, factors side by side: rank is the sum of ranks",
             equal_ranks=False,
             truncates=False,
+            source="PEFT",
         ),
         SpaceSpec(
             name="factor",
             summary="the rule on all A's and on all B's, each on their own",
             equal_ranks=True,
             truncates=False,
+            source="PEFT",
         ),
         SpaceSpec(
             name="delta",
             summary="the rule on the deltas B·A·s, then the best approximation of a rank",
             equal_ranks=False,
             truncates=True,
+            source="PEFT",
+        ),
+        SpaceSpec(
+            name="core",
+            summary="the rule on the deltas' coordinates in bases of all B's and of all A's, then "
+            "the best approximation of a rank",
+            equal_ranks=False,
+            truncates=True,
+            source="Panariello et al. 2025, arXiv 2509.17786",
+        ),
+        SpaceSpec(
+            name="knots",
+            summary="the rule on the deltas' coordinates in the left singular vectors of all "
+            "deltas side by side, then the best approximation of a rank",
+            equal_ranks=False,
+            truncates=True,
+            source="Stoica et al. 2024, arXiv 2410.19735",
         ),
     )
 }
@@ -154,6 +193,7 @@ METHODS: dict[str, Method] = {
         Method("dare_ties_svd", "dare_ties", "delta"),
         Method("magnitude_prune", "magnitude_prune", "factor"),
         Method("magnitude_prune_svd", "magnitude_prune", "delta"),
+        Method("breadcrumbs", "breadcrumbs", "delta"),
     )
 }
-"""PEFT's eleven combination types."""
+"""PEFT's eleven combination types, and what others call by a name of its own."""

@@ -50,6 +50,18 @@ class ModuleReport:
     """False where the planned passes did not reach the tolerance."""
     device: str
     """Where it was computed; out of device memory a target goes to the CPU."""
+    directions: tuple[int, ...] | None
+    """How many directions the bases have in which the rule saw coordinates: of columns, and in
+    core space of rows too; None where the rule saw the tensors themselves."""
+    basis_gap: float | None
+    """The smallest relative distance of neighbouring singular values of these bases."""
+    basis_unique: bool
+    """False where that is below 1e-6: which directions stand for equal values is a matter of
+    rounding then, and the result may differ on other hardware."""
+
+
+BASIS_GAP = 1e-6
+"""From this relative distance on singular vectors are told apart in spite of rounding."""
 
 
 def finish(
@@ -157,6 +169,9 @@ def _report(task: Task, receipt: Receipt) -> ModuleReport:
         excess=certificate.excess if certificate else None,
         converged=certificate.converged if certificate else True,
         device=receipt.device,
+        directions=(certificate.directions or None) if certificate else None,
+        basis_gap=certificate.gap if certificate else None,
+        basis_unique=certificate is None or certificate.gap is None or certificate.gap >= BASIS_GAP,
     )
 
 

@@ -44,6 +44,10 @@ class Truncation:
     passes: int = 0
     """Times that the iteration went over M; 0 for a direct decomposition."""
     converged: bool = True
+    directions: tuple[int, ...] = ()
+    """Of the bases in which a rule saw coordinates, of columns and perhaps of rows."""
+    gap: float | None = None
+    """The smallest relative distance of neighbouring singular values of these bases."""
 
 
 def residual_excess(missed: float, lost: float) -> float:

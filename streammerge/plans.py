@@ -21,14 +21,27 @@ from streammerge.notebook import card
 from streammerge.tiling import row_tiles
 
 Route = Literal[
-    "concatenate", "fold", "core", "gram", "sum", "dense", "krylov", "copy", "mean", "bias"
+    "concatenate",
+    "fold",
+    "core",
+    "gram",
+    "sum",
+    "dense",
+    "krylov",
+    "left_basis",
+    "both_bases",
+    "copy",
+    "mean",
+    "bias",
 ]
 """How a task computes its pair:
 concatenate: the factors side by side, scaled; fold: the rule on A's and on B's, tile by tile;
 core: QR of the stacked factors and the SVD of the small core between them; gram: the same from the
 Gram matrices of the stacked factors; sum: block Krylov on the factors of a weighted sum, one group
 of adapters after another; dense: the merged matrix as a whole and its SVD; krylov: block Krylov on
-the tiles of the merged matrix.
+the tiles of the merged matrix; left_basis: a basis of the columns of all deltas, and one of the two
+before on the matrix of coordinates in it; both_bases: the same in a basis of the columns of all B's
+and one of the rows of all A's.
 Or, of a tensor that is no factor, copy: the bytes of the first source, which those of others have
 to be; mean: by the adapters' weights; bias: the weighted sum of what is added to deltas."""
 
@@ -91,9 +104,9 @@ class Task:
     """Its sources are rows first to last - 1 of the plan's source columns."""
     route: Route
     resident: int
-    """How many tiles are held at once (the chunk): of the merged matrix, the others being computed
-    again when they are needed; or of B's side by side, the others being made afterwards. Changes
-    time and memory, never a byte of the result."""
+    """How many tiles are held at once (the chunk): of the merged matrix or of its coordinates, the
+    others being computed again when they are needed; or of B's side by side, the others being made
+    afterwards. Changes time and memory, never a byte of the result."""
     spilled: int
     """How many of the others lie on scratch disk instead of being computed again."""
     factors: int

@@ -46,7 +46,8 @@ def make_recipe(
     shard = None
     if max_shard_size is not None:
         shard = parse_size(max_shard_size, option="max_shard_size")
-    fields["clamp"] = make_number(fields["clamp"], float, option="clamp")
+    for option in ("gamma", "clamp"):
+        fields[option] = make_number(fields[option], float, option=option)
     for option in ("rank", "seed"):
         fields[option] = make_number(fields[option], int, option=option)
     if not isinstance(fields["scaling"], str):

@@ -42,6 +42,8 @@ class Recipe:
     """Overrides the method's space."""
     density: float | tuple[Value, ...] | None = None
     """Share of elements kept, in [0, 1]: of all adapters, or one for each, as the weights are."""
+    gamma: float | None = None
+    """Share of the largest elements that count as outliers, in [0, 1]."""
     rank: int | None = None
     """The output's rank; None is the largest of the inputs."""
     majority_sign: str = "total"
@@ -74,6 +76,7 @@ class Recipe:
             raise RecipeError("no adapters were given", option="adapters")
         _check_weights(self.weights, len(self.adapters))
         _check_density(self.density, len(self.adapters))
+        _check_share("gamma", self.gamma)
         if self.rank is not None and (not _is_integer(self.rank) or self.rank <= 0):
             raise RecipeError(f"rank must be a positive integer, not {self.rank!r}", option="rank")
         if self.clamp is not None and not 0 < self.clamp <= 1:
@@ -195,8 +198,14 @@ def _check_density(density: float | tuple[Value, ...] | None, count: int) -> Non
         )
     for value in density if isinstance(density, tuple) else (density,):
         for number in numbers(value):
-            if not isinstance(number, int | float) or not 0 <= number <= 1:
-                raise RecipeError(f"density must be in [0, 1], not {number!r}", option="density")
+            _check_share("density", number)
+
+
+def _check_share(option: str, share: float | None) -> None:
+    if share is None:
+        return
+    if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise RecipeError(f"{option} must be in [0, 1], not {share!r}", option=option)
 
 
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -47,7 +47,7 @@ _NAMES = {str: "a text", int: "an integer", float: "a number", bool: "true or fa
 
 _KEYS = ("merge_method", "models", "parameters", "dtype", "out_dtype", "output", *_OPTIONS)
 _MODEL_KEYS = ("model", "parameters")
-_PARAMETERS = ("weight", "density", "normalize", "lambda")
+_PARAMETERS = ("weight", "density", "gamma", "normalize", "lambda")
 _MODEL_PARAMETERS = ("weight", "density")
 
 _FOREIGN = {
@@ -59,7 +59,6 @@ _FOREIGN = {
     "int8_mask": "masks take no memory here",
     "rescale": "dare divides by the density, as published",
     "t": "the method is not here",
-    "gamma": "the method is not here",
     "epsilon": "the method is not here",
 }
 """Words of mergekit that have no meaning here, and why."""
@@ -101,6 +100,8 @@ def write_recipe(recipe: Mapping[str, Any]) -> bytes:
     parameters: dict[str, Any] = {}
     if found.density is not None and not isinstance(found.density, tuple):
         parameters["density"] = found.density
+    if found.gamma is not None:
+        parameters["gamma"] = found.gamma
     if found.normalize:
         parameters["normalize"] = True
     if parameters:
@@ -145,6 +146,7 @@ class _File:
             "method": self._typed(root["merge_method"], "merge_method", _TEXT),
             "weights": self._weights(models, parameters),
             "density": self._density(models, parameters),
+            "gamma": self._number(parameters, "gamma", None),
             "normalize": self._flag(parameters, "normalize"),
             **{
                 key: self._typed(root[key], key, types)
@@ -170,6 +172,7 @@ class _File:
         self, models: Sequence[tuple[str, Mapping[str, Any]]], general: Mapping[str, Any]
     ) -> list[Any]:
         factor = self._number(general, "lambda", 1.0)
+        assert factor is not None
         if factor != 1.0 and self._flag(general, "normalize"):
             raise self._error("lambda does not go with normalize: the weights have a sum already")
         weights = [_of(own, "weight", general) for _, own in models]
@@ -222,8 +225,12 @@ class _File:
             raise self._error(f"{key} must be true or false, not {value!r}")
         return value
 
-    def _number(self, parameters: Mapping[str, Any], key: str, default: float) -> float:
-        value = parameters.get(key, default)
+    def _number(
+        self, parameters: Mapping[str, Any], key: str, default: float | None
+    ) -> float | None:
+        if key not in parameters:
+            return default
+        value = parameters[key]
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._error(f"{key} must be a number, not {value!r}")
         return float(value)

@@ -23,6 +23,7 @@ import pytest
 import streammerge
 from clusters import LocalCluster, cluster_of, kill, wait_until
 from making import CONFIG, PREFIX, WEIGHTS, convolution, embedding, encode, linear, write_adapter
+from names import chosen
 from streammerge import errors, events
 from streammerge.adapter import NameTable, TensorFile
 from streammerge.budget import GIB, MIB, ON_CPU, Grant, granted_by_slurm
@@ -63,7 +64,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 
 def options(method: str) -> dict[str, object]:
     density = None if method in ("svd", "linear", "cat") else 0.3
-    return {"method": method, "density": density, "weights": (1.0, -0.6, 0.3)}
+    return {**chosen(method), "density": density, "weights": (1.0, -0.6, 0.3)}
 
 
 def files(folder: Path) -> list[bytes]:
@@ -86,7 +87,7 @@ HEAVY = {"method": "ties_svd", "density": 0.3, "rank": 8}
 # The same bytes
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "ties@core", "dare_ties@knots"])
 def test_three_workers_make_the_same_bytes(
     method: str, sources: list[str], three: LocalCluster, tmp_path: Path
 ) -> None:
@@ -164,8 +165,8 @@ def test_workers_with_several_threads(tmp_path: Path) -> None:
 def test_parts_of_a_plan_hold_what_they_need(parts: int, sources: list[str]) -> None:
     plan = streammerge.plan(sources, method="cat", weights=(1.0, 2.0, 3.0))
     manifests = read_adapters(sources, NameTable())
-    for chosen in np.array_split(np.arange(len(plan.tasks)), parts):
-        tasks = [plan.tasks[i] for i in chosen]
+    for picked in np.array_split(np.arange(len(plan.tasks)), parts):
+        tasks = [plan.tasks[i] for i in picked]
         part, taken = pickle.loads(pickle.dumps(take_part(plan, manifests, tasks)))
         assert part.write_bytes == sum(task.write_bytes for task in tasks)
         ends = 0

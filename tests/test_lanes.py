@@ -13,22 +13,24 @@ import torch
 
 import streammerge
 from making import linear, write_adapter
+from names import chosen
 from streammerge.kernels.grams import truncate_by_grams
 from streammerge.worker import Lanes
 
 METHODS = ("linear", "cat", "svd", "ties", "dare_ties", "ties_svd", "dare_linear_svd")
+IN_BASES = ("ties@core", "magnitude_prune@knots")
 
 
 def merged(paths: list[str], output: Path, method: str, **options: object) -> dict[str, bytes]:
     density = None if method in ("linear", "cat", "svd") else 0.3
-    streammerge.merge(paths, output, method=method, density=density, **options)
+    streammerge.merge(paths, output, **chosen(method), density=density, **options)
     return {
         name: (output / name).read_bytes()
         for name in ("adapter_model.safetensors", "streammerge.json")
     }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *IN_BASES])
 def test_one_large_target_is_shared_by_threads(method: str, tmp_path: Path) -> None:
     """A target that is all of the work; one and three threads give the same bytes."""
     layers = {"big": linear(1500, 2200, 16), "small": linear(40, 50, 16)}
@@ -37,11 +39,14 @@ def test_one_large_target_is_shared_by_threads(method: str, tmp_path: Path) -> N
     three = merged(paths, tmp_path / "three", method, workers=3)
     assert one == three
     density = None if method in ("linear", "cat", "svd") else 0.3
-    plan = streammerge.plan(paths, method=method, density=density, workers=3, max_memory="4GiB")
+    more = {**chosen(method), "density": density}
+    plan = streammerge.plan(paths, workers=3, max_memory="4GiB", **more)
     lanes = {task.target: task.lanes for task in plan.tasks}
     assert lanes["small"] == 1
     if method in ("svd", "ties_svd", "dare_linear_svd"):
         assert lanes["big"] == (2 if method == "svd" else 3)
+    if method == "ties@core":
+        assert lanes["big"] == 1, "a core of 320 x 320 is one tile"
 
 
 @pytest.mark.parametrize("method", ["svd", "ties_svd"])

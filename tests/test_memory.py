@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import streammerge
 from capped import MIB, run_cli, task_peaks
 from dialects import pairs, write_mlx
 from making import PREFIX, Layer, embedding, encode, linear, write_adapter
+from names import chosen
 from streammerge import draw, errors
 from streammerge.budget import Budget, granted_by_machine, parse_size
 from streammerge.kernels.thresholds import PANEL_GATHERED
@@ -20,6 +22,7 @@ from streammerge.tiling import PANELS
 
 WEIGHTS = "adapter_model.safetensors"
 WITHOUT_DENSITY = ("linear", "cat", "svd")
+METHODS = ("linear", "cat", "svd", "ties", "dare_ties", "ties_svd", "dare_linear_svd")
 
 
 def make(folder: Path, count: int, layers: dict[str, Layer], dtype: str = "BF16") -> list[str]:
@@ -32,12 +35,12 @@ def make(folder: Path, count: int, layers: dict[str, Layer], dtype: str = "BF16"
 
 def options(method: str) -> dict[str, object]:
     """What a method needs."""
-    return {"method": method} | ({} if method in WITHOUT_DENSITY else {"density": 0.2})
+    return {**chosen(method)} | ({} if method in WITHOUT_DENSITY else {"density": 0.2})
 
 
 def flags(method: str) -> list[str]:
     """The same for the command line."""
-    return ["--method", method, *([] if method in WITHOUT_DENSITY else ["--density", "0.2"])]
+    return [f"--{name}={value}" for name, value in options(method).items()]
 
 
 @pytest.mark.parametrize(
@@ -48,6 +51,7 @@ def flags(method: str) -> list[str]:
         pytest.param("svd", 3, {"emb": embedding(1024, 50000, 16)}, "gram", id="an embedding"),
         pytest.param("dare_ties", 4, {"emb": embedding(2048, 60000, 32)}, "fold", id="tiles"),
         pytest.param("cat", 4, {"emb": embedding(2048, 60000, 32)}, "concatenate", id="copied"),
+        pytest.param("ties@knots", 30, {"up": linear(1024, 2048, 16)}, "left_basis", id="a basis"),
     ],
 )
 def test_a_merge_under_a_hard_cap(
@@ -104,10 +108,12 @@ def test_the_refusal_names_the_target_that_needs_most(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["linear", "cat", "svd", "ties", "dare_ties", "ties_svd", "dare_linear_svd"]
-)
-@pytest.mark.parametrize(
-    ("memory", "workers"), [("least", 1), ("ample", 1), ("least", 3), ("ample", 3)]
+    ("method", "memory", "workers"),
+    [
+        *itertools.product(METHODS, ("least", "ample"), (1, 3)),
+        ("ties@core", "least", 1),
+        ("dare_ties@knots", "ample", 3),
+    ],
 )
 def test_every_task_keeps_its_projection(
     method: str, memory: str, workers: int, tmp_path: Path

@@ -570,7 +570,7 @@ OPTIONS = (
         "a method that only ends in svd": Refusal(
             R, ("'foosvd'", "ties_svd"), options={"method": "foosvd"}
         ),
-        "an unknown space": Refusal(R, ("'knots'", "delta"), options={"space": "knots"}),
+        "an unknown space": Refusal(R, ("'nots'", "delta"), options={"space": "nots"}),
         "a space that does not go": Refusal(
             R, ("exact", "ties"), options={"method": "ties", "density": 0.5, "space": "exact"}
         ),
@@ -638,6 +638,29 @@ OPTIONS = (
             facts={"option": "density"},
         )
         for density in (-0.1, 1.01, 20.0, math.nan, math.inf)
+    }
+    | {
+        f"gamma {gamma}": Refusal(
+            R,
+            ("gamma", "[0, 1]", str(gamma)),
+            options={"method": "breadcrumbs", "density": 0.5, "gamma": gamma},
+            facts={"option": "gamma"},
+        )
+        for gamma in (-0.1, 1.01, math.nan)
+    }
+    | {
+        "gamma and density above 1": Refusal(
+            R,
+            ("0.9", "0.2", "at most 1"),
+            options={"method": "breadcrumbs", "density": 0.9, "gamma": 0.2},
+            facts={"option": "gamma"},
+        ),
+        "a gamma that does not go": Refusal(
+            R,
+            ("gamma", "ties"),
+            options={"method": "ties", "density": 0.9, "gamma": 0.01},
+            facts={"option": "gamma"},
+        ),
     }
     | {
         f"a density that does not go, {method}": Refusal(

@@ -14,9 +14,10 @@ import pytest
 
 import streammerge
 from making import CONFIG, PREFIX, WEIGHTS, linear, make_factors, put, write_adapter
+from names import chosen, rule_of
 from streammerge import errors, events
 from streammerge.budget import parse_duration
-from streammerge.catalog import METHODS, RULES
+from streammerge.catalog import METHODS
 from streammerge.output.staging import MARK_NAME, journal_path, staging_path
 from streammerge.output.writer import RegionWriter
 
@@ -31,8 +32,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def options_for(method: str) -> dict[str, Any]:
-    density = {"density": 0.4} if RULES[METHODS[method].rule].needs_density else {}
-    return {"method": method, "seed": 5, **density}
+    density = {"density": 0.4} if rule_of(method).needs_density else {}
+    return {**chosen(method), "seed": 5, **density}
 
 
 def end_after(count: int, how: BaseException | type[BaseException] = KeyboardInterrupt) -> Any:
@@ -80,7 +81,7 @@ def undisturbed(sources: list[Path], tmp_path: Path) -> Callable[..., dict[str, 
     return make
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", [*METHODS, "ties@core", "dare_ties@knots"])
 def test_goes_on_to_the_same_bytes(
     method: str, sources: list[Path], undisturbed: Any, tmp_path: Path
 ) -> None:

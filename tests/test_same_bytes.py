@@ -29,6 +29,7 @@ from making import (
     make_factors,
     write_adapter,
 )
+from names import IN_BASES, chosen, rule_of
 from streammerge import events
 from streammerge.adapter import Adapter, NameTable
 from streammerge.budget import Budget
@@ -59,8 +60,8 @@ TARGETS = {
 }
 WEIGHTS_GIVEN = (1.0, -0.6, 0.3)
 
-METHOD_NAMES = tuple(METHODS)
-BY_THRESHOLD = tuple(n for n, m in METHODS.items() if RULES[m.rule].sparsity == "largest")
+METHOD_NAMES = (*METHODS, *IN_BASES)
+BY_THRESHOLD = tuple(n for n in METHOD_NAMES if rule_of(n).sparsity == "largest")
 STREAMED = tuple(
     n for n, m in METHODS.items() if m.space == "delta" and RULES[m.rule].needs_density
 )
@@ -101,10 +102,10 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def options_for(method: str, **more: Any) -> dict[str, Any]:
     """The words are there for their large factor; their delta would only take time."""
-    options = {"method": method, "weights": WEIGHTS_GIVEN, "seed": 7, **more}
-    if method in STREAMED:
+    options = {**chosen(method), "weights": WEIGHTS_GIVEN, "seed": 7, **more}
+    if method in (*STREAMED, *IN_BASES):
         options["exclude"] = WORDS
-    return options | ({"density": 0.3} if RULES[METHODS[method].rule].needs_density else {})
+    return options | ({"density": 0.3} if rule_of(method).needs_density else {})
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def test_same_bytes(kind: str, method: str, saved: Saved, disk: str, tmp_path: P
     tile = max(heights(LARGE)) * TARGETS[LARGE].a[1] * 4
     least, pages = least_room(adapters, options), 2 * PAGE_BYTES
     factors = 3 * 6 * (TARGETS[LARGE].a[1] + TARGETS[LARGE].b[0]) * 4
-    stack = 2 * tile if RULES[METHODS[method].rule].sweeps > 1 else 0
+    stack = 2 * tile if rule_of(method).sweeps > 1 else 0
     settings = {
         "small": Setting(least),
         "medium": Setting(least + factors + stack + 2 * (tile + pages)),

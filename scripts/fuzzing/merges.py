@@ -29,7 +29,7 @@ import numpy as np
 from fuzzing.recipes import Case, make_case
 from making import Tensor, decode
 from oracle import restated
-from oracle.restated import FactorMasks, Mask, Matrix, Source
+from oracle.restated import Coordinates, FactorMasks, Mask, Matrix, Source
 from streammerge import errors, events
 from streammerge.adapter import ITEM_BYTES, TORCH_NAMES, Adapter, NameTable
 from streammerge.budget import Budget
@@ -53,6 +53,8 @@ DECIDED = {"float32": 2e-6, "float64": 1e-13}
 OUTPUT_ROUNDING = {"float64": 0.0, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 SUBNORMAL = {"float64": 0.0, "float32": 1e-38, "float16": 6e-8, "bfloat16": 1e-38}
 SEPARATED = 1.1
+CLEAR = 1e-3
+"""From this margin on bases are compared; what rounding leaves grows as it falls."""
 
 EXACT, ELEMENTS, TRUNCATED, CLAMPED, UNDECIDED = (
     "exact",
@@ -189,6 +191,8 @@ def _present(case: Case, target: str) -> Present:
 
 def _masks(case: Case, here: Present, tensor: str, shape: tuple[int, int]) -> list[Mask]:
     limit = keep_limit(case.options["density"])
+    if not math.prod(shape):
+        return [np.zeros(shape, bool) for _ in here.positions]
     return [
         (
             random_bits(
@@ -203,12 +207,17 @@ def _masks(case: Case, here: Present, tensor: str, shape: tuple[int, int]) -> li
 
 
 def _common(case: Case) -> dict[str, Any]:
-    return {name: case.options.get(name) for name in ("density",)} | {
-        "majority_sign": case.options.get("majority_sign", "total")
+    gamma = case.options.get("gamma")
+    return {
+        "density": case.options.get("density"),
+        "majority_sign": case.options.get("majority_sign", "total"),
+        "gamma": 0.01 if gamma is None else gamma,
     }
 
 
-def _is_decided(case: Case, here: Present, tensors: Sequence[Matrix], tensor: str) -> bool:
+def _is_decided(
+    case: Case, here: Present, tensors: Sequence[Matrix], tensor: str, margin: float = 1.0
+) -> bool:
     """Whether rounding cannot change what is pruned or elected.
 
     Small whole numbers are exact; so are, in factor space, inputs that the arithmetic holds.
@@ -217,15 +226,18 @@ def _is_decided(case: Case, here: Present, tensors: Sequence[Matrix], tensor: st
         return True
     compute, density = case.options["compute_dtype"], case.options["density"]
     held = [case.adapters[i] for i in here.positions]
-    whole = all(adapter.whole for adapter in held)
+    whole = all(adapter.whole for adapter in held) and tensor not in ("core", "knots")
+    decided = DECIDED[compute] / margin
     pruned = list(tensors)
     if not case.rule.startswith("dare"):
         stored = case.space == "factor" and (
             compute == "float64" or all(adapter.dtype != "F64" for adapter in held)
         )
+        gamma = _common(case)["gamma"] if case.rule == "breadcrumbs" else 0.0
+        cuts = [density + gamma] + ([gamma] if gamma else [])
         with np.errstate(invalid="ignore"):
-            gaps = [restated.pruning_gap(x, density) for x in tensors]
-        if not (stored or whole or all(g > DECIDED[compute] or math.isnan(g) for g in gaps)):
+            gaps = [restated.pruning_gap(x, share) for x in tensors for share in cuts]
+        if not (stored or whole or all(g > decided or math.isnan(g) for g in gaps)):
             return False
         pruned = [restated.prune_by_magnitude(x, density) for x in tensors]
     elif density < 1:
@@ -233,11 +245,14 @@ def _is_decided(case: Case, here: Present, tensors: Sequence[Matrix], tensor: st
         pruned = [
             restated.prune_by_mask(x, k, density) for x, k in zip(tensors, keeps, strict=True)
         ]
-    if case.rule == "magnitude_prune" or case.options["majority_sign"] == "frequency":
+    if (
+        case.rule in ("magnitude_prune", "breadcrumbs")
+        or case.options["majority_sign"] == "frequency"
+    ):
         return True
     dyadic = not case.rule.startswith("dare") or math.frexp(density)[0] == 0.5
     scaled = case.space == "factor" or all((s.scaling * 64).is_integer() for s in here.sources)
-    return (whole and dyadic and scaled) or restated.election_gap(pruned) > DECIDED[compute]
+    return (whole and dyadic and scaled) or restated.election_gap(pruned) > decided
 
 
 # ---------------------------------------------------------------------------------------------
@@ -273,7 +288,7 @@ def _judge(judged: Judged, out: Path) -> Iterator[str]:
         a, b = (_matrix(merged, row, side) for side in "AB")
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             yield f"{target}: not finite"
-        elif case.space == "delta":
+        elif case.space in ("delta", "core", "knots"):
             yield from _judge_delta(judged, here, (a, b), largest)
         else:
             yield from _judge_factors(judged, here, (a, b))
@@ -326,27 +341,31 @@ def _judge_delta(
 ) -> Iterator[str]:
     case = judged.case
     a, b = pair
-    deltas = [source.delta for source in here.sources]
-    m, n = deltas[0].shape
+    seen = _seen(case, here)
+    m, n = here.sources[0].delta.shape
     rank = min(case.options.get("rank") or largest, m, n)
     if a.shape != (rank, n) or b.shape != (m, rank):
         yield f"{here.target}: shapes {a.shape} and {b.shape}, not of rank {rank}"
         return
-    if not _is_decided(case, here, deltas, "delta"):
+    rounding, cast = ROUNDING[case.options["compute_dtype"]], OUTPUT_ROUNDING[judged.dtype]
+    bases = seen.margin if case.space != "delta" else 1.0
+    if bases < CLEAR or not _is_decided(case, here, seen.tensors, case.space, bases):
         judged.found.targets[UNDECIDED] += 1
         return
-    masks = _masks(case, here, "delta", (m, n)) if case.rule.startswith("dare") else None
-    method = "svd" if case.rule == "linear" else f"{case.rule}_svd"
-    expected = restated.merge_delta(
-        method, here.sources, here.weights, masks=masks, **_common(case)
-    )
+    shape = seen.tensors[0].shape
+    masks = _masks(case, here, case.space, shape) if case.rule.startswith("dare") else None
+    merged = np.zeros(shape)
+    if merged.size:
+        merged = restated.apply_rule(
+            case.rule, seen.tensors, here.weights, masks=masks, **_common(case)
+        )
+    expected = seen.back(merged)
     scale = here.scale / (max(case.options["density"], 1e-3) if masks else 1.0)
-    rounding, cast = ROUNDING[case.options["compute_dtype"]], OUTPUT_ROUNDING[judged.dtype]
     sizes = float(np.linalg.norm(a) * np.linalg.norm(b))
     nothing = (
         SUBNORMAL[judged.dtype] * math.sqrt(rank * m * n) * (np.abs(a).max() + np.abs(b).max())
     )
-    allowed = rounding * scale + 3 * cast * sizes + float(nothing) + 1e-300
+    allowed = rounding * scale / bases + 3 * cast * sizes + float(nothing) + 1e-300
     if case.options.get("clamp"):
         yield from _judge_clamped(judged, here, pair, expected, (rank, allowed))
         return
@@ -359,6 +378,13 @@ def _judge_delta(
             f"{here.target}: residual {distance:.9g}, the best is {best:.9g}: {share:.3g} times "
             "the tolerance"
         )
+
+
+def _seen(case: Case, here: Present) -> Coordinates:
+    """What the rule sees in a space whose result is truncated."""
+    if case.space == "delta" or case.rule == "linear":
+        return Coordinates([s.delta for s in here.sources], np.eye(len(here.sources[0].b)), None, 1)
+    return restated.in_coordinates(case.space, here.sources)
 
 
 def _judge_clamped(

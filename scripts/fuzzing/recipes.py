@@ -108,6 +108,11 @@ def make_case(random: Random) -> Case:
     }
     if rule.needs_density:
         options["density"] = random.choice((*DENSITIES, random.random()))
+    if rule.sparsity == "middle":
+        options["gamma"] = (
+            random.choice((None, 0.0, random.random())) if random.random() < 0.9 else 1
+        )
+        options["density"] = min(options["density"], 1 - (options["gamma"] or 0.01))
     if rule.elects:
         options["majority_sign"] = random.choice(("total", "frequency"))
     if SPACES[space].truncates:

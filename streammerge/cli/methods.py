@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from streammerge.catalog import METHODS, RULES, SPACES
+from streammerge.catalog import METHODS, RULES, SPACES, SpaceSpec
 from streammerge.cli.console import facts, say, say_json, table
 
 EXAMPLES = """\b
@@ -35,4 +35,11 @@ def methods(as_json: bool) -> None:
         say_json([dict(zip(header, row, strict=True)) for row in rows])
         return
     say(*table(rows, header), "")
-    say(*facts([(f"space {space.name}:", space.summary) for space in SPACES.values()]))
+    about = [(f"space {space.name}:", _about(space)) for space in SPACES.values()]
+    say(*facts([*about, ("any rule:", "in any space by --space; but exact is for sums alone")]))
+
+
+def _about(space: SpaceSpec) -> str:
+    needs = "; needs equal ranks" if space.equal_ranks else ""
+    takes = "; takes a rank and a clamp" if space.truncates else ""
+    return f"{space.summary}{needs}{takes} ({space.source})"

@@ -102,6 +102,12 @@ _RULE = (
         help="Share of the elements that ties, dare and magnitude_prune keep, 0 to 1; one for "
         "all adapters, or one for each.",
     ),
+    click.option(
+        "--gamma",
+        type=float,
+        metavar="SHARE",
+        help="Share of the largest elements that breadcrumbs drops, 0 to 1.  [default: 0.01]",
+    ),
     click.option("--normalize", is_flag=True, help="Divide the weights by their sum."),
     click.option(
         "--rank",

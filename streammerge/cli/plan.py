@@ -163,6 +163,10 @@ def _kept(plan: Plan) -> str:
     """Say where the tiles of merged matrices are kept between the passes over them."""
     from streammerge.tiling import row_tiles
 
+    in_bases = [task for task in plan.tasks if task.route in ("left_basis", "both_bases")]
+    if in_bases:
+        held = sum(task.resident for task in in_bases)
+        return f"coordinates in bases, {held} tiles of them held in memory"
     streamed = [task for task in plan.tasks if task.route == "krylov"]
     if not streamed:
         return "no tile is needed twice"

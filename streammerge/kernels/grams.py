@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn.functional import pad
@@ -69,20 +70,38 @@ def _balance(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 def gram(x: torch.Tensor, each: Each) -> torch.Tensor:
     """Return xᵀ·x of an l × k matrix, in float64, block by block of one half of it."""
-    width = x.shape[1]
-    blocks = gram_blocks(width)
+
+    def parts(columns: slice) -> Iterator[torch.Tensor]:
+        for start, stop in gram_rows(len(x)):
+            yield x[start:stop, columns].double()
+
+    return gram_of_parts(parts, x.new_empty(x.shape[1], x.shape[1], dtype=torch.float64), each)
+
+
+def gram_of_parts(
+    parts: Callable[[slice], Iterator[torch.Tensor]], result: torch.Tensor, each: Each
+) -> torch.Tensor:
+    """Write xᵀ·x of a matrix that is given in ranges of rows, in float64, and return it.
+
+    Args:
+        parts: yields these ranges of some columns of x, one after another.
+        result: k × k.
+        each: goes over the blocks.
+    """
+    blocks = gram_blocks(len(result))
     pairs = [(i, j) for i in range(len(blocks)) for j in range(i, len(blocks))]
 
     def product(pair: tuple[int, int]) -> torch.Tensor:
-        left, right = (x[:, slice(*blocks[index])] for index in pair)
-        total = x.new_zeros(left.shape[1], right.shape[1], dtype=torch.float64)
-        for start, stop in gram_rows(len(x)):
-            wide = left[start:stop].double()
-            other = wide if pair[0] == pair[1] else right[start:stop].double()
+        left, right = (slice(*blocks[index]) for index in pair)
+        total = result.new_zeros(left.stop - left.start, right.stop - right.start)
+        if left == right:
+            for wide in parts(left):
+                total.addmm_(wide.mT, wide)
+            return total
+        for wide, other in zip(parts(left), parts(right), strict=True):
             total.addmm_(wide.mT, other)
         return total
 
-    result = x.new_empty(width, width, dtype=torch.float64)
     for (i, j), part in zip(pairs, each(product, pairs), strict=True):
         result[slice(*blocks[i]), slice(*blocks[j])] = part
         result[slice(*blocks[j]), slice(*blocks[i])] = part.mT

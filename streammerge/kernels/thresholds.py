@@ -54,6 +54,23 @@ class Threshold:
 
 
 @dataclass(frozen=True)
+class Band:
+    """Two cuts: what lies above the first is dropped, and what lies below the second."""
+
+    outliers: Threshold
+    kept: Threshold
+
+    def prune_(self, x: torch.Tensor, t: int, buffer: torch.Tensor) -> torch.Tensor:
+        """Set what tile `t` loses to zero, in place, and return it; the buffer is of its size."""
+        outliers = self.outliers.prune_(buffer.copy_(x), t)
+        # An element less itself, or less zero: nothing is rounded.
+        return self.kept.prune_(x, t).sub_(outliers)
+
+
+Cut = Threshold | Band
+
+
+@dataclass(frozen=True)
 class Stream:
     """A tensor that is made tile by tile."""
 
@@ -89,7 +106,19 @@ def find_threshold(stream: Stream, density: float, over: Over) -> Threshold:
     Raises:
         FloatingPointError: the threshold is infinite, or no number.
     """
-    keep = int(density * stream.numel)
+    return find_cut(stream, int(density * stream.numel), over)
+
+
+def find_band(stream: Stream, gamma: float, density: float, over: Over) -> Band:
+    """Find the two cuts between which lie the int(density·numel) largest magnitudes of a tensor
+    but for the int(gamma·numel) largest of all; arguments as in `find_threshold`."""
+    outliers = int(gamma * stream.numel)
+    kept = outliers + int(density * stream.numel)
+    return Band(find_cut(stream, outliers, over), find_cut(stream, kept, over))
+
+
+def find_cut(stream: Stream, keep: int, over: Over) -> Threshold:
+    """Find the cut that keeps so many of the largest magnitudes; `find_threshold` says how."""
     if keep <= 0:
         return Threshold(math.inf)
     if keep >= stream.numel:

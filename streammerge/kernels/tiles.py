@@ -13,7 +13,7 @@ import torch
 from streammerge.catalog import RULES, Sparsity
 from streammerge.draw import Drawer
 from streammerge.kernels.each import Here, Over, Pool
-from streammerge.kernels.thresholds import Stream, Threshold, find_threshold
+from streammerge.kernels.thresholds import Band, Cut, Stream, find_band, find_threshold
 from streammerge.rules import FUNCTIONS, Tile
 from streammerge.tiling import sample_step
 
@@ -56,6 +56,7 @@ class RuleOptions:
 
     rule: str
     majority_sign: str
+    gamma: float = 0.0
 
 
 class MergedTiles:
@@ -78,7 +79,7 @@ class MergedTiles:
         self._options = options
         self._stacked = stacked
         self._workspaces = Pool(lambda: _Workspace(operands))
-        self.thresholds: tuple[Threshold, ...] = ()
+        self.thresholds: tuple[Cut, ...] = ()
         """Where each tensor is cut, once that is known; none where it is found with the tile."""
 
     def find_thresholds(self, over: Callable[[int], Over]) -> None:
@@ -90,10 +91,9 @@ class MergedTiles:
         rule = RULES[self._options.rule]
         # A tensor of one tile is read once: its threshold is found when it is there.
         there = len(self._operands.spans) == 1 and (self._stacked or rule.sweeps == 1)
-        if rule.sparsity == "largest" and not there:
+        if rule.cuts and not there:
             self.thresholds = tuple(
-                find_threshold(self.stream(i), self._operands.densities[i], over(i))
-                for i in range(len(self._operands))
+                self._find_cut(i, self.stream(i), over(i)) for i in range(len(self._operands))
             )
 
     def __call__(self, t: int, out: torch.Tensor) -> torch.Tensor:
@@ -106,6 +106,7 @@ class MergedTiles:
                 Tile(
                     tensors=lambda: self._go_over(space, t, "none"),
                     largest=lambda: self._go_over(space, t, "largest"),
+                    middle=lambda: self._go_over(space, t, "middle"),
                     random=lambda: self._go_over(space, t, "random"),
                     weights=self._operands.weights,
                     majority_sign=options.majority_sign,
@@ -132,8 +133,8 @@ class MergedTiles:
         made = []
         for i in range(len(self._operands)):
             x = self._operands.fill(i, t, space.incoming(i if self._stacked else 0))
-            if kept == "largest":
-                x = self._threshold(i, x).prune_(x, t)
+            if kept in ("largest", "middle"):
+                x = self._prune_(space, i, t, x)
             elif kept == "random":
                 x = self._drop_(space, i, t, x)
             made.append(x)
@@ -141,12 +142,24 @@ class MergedTiles:
         if self._stacked:
             space.stack = (kept, made)
 
-    def _threshold(self, i: int, tile: torch.Tensor) -> Threshold:
+    def _prune_(self, space: _Workspace, i: int, t: int, x: torch.Tensor) -> torch.Tensor:
+        cut = self._cut(i, x)
+        if isinstance(cut, Band):
+            return cut.prune_(x, t, space.mask[: len(x)])
+        return cut.prune_(x, t)
+
+    def _cut(self, i: int, tile: torch.Tensor) -> Cut:
         if self.thresholds:
             return self.thresholds[i]
         step = sample_step(len(tile), self._operands.width)
         whole = Stream(self._operands.spans, lambda _: iter((tile,)), lambda: tile[::step])
-        return find_threshold(whole, self._operands.densities[i], Here(whole, 1, map))
+        return self._find_cut(i, whole, Here(whole, 1, map))
+
+    def _find_cut(self, i: int, stream: Stream, over: Over) -> Cut:
+        density, gamma = self._operands.densities[i], self._options.gamma
+        if RULES[self._options.rule].sparsity == "middle":
+            return find_band(stream, gamma, density, over)
+        return find_threshold(stream, density, over)
 
     def _drop_(self, space: _Workspace, i: int, t: int, x: torch.Tensor) -> torch.Tensor:
         """Keep random elements at the rate of the density, and divide them by it."""
@@ -180,7 +193,7 @@ class _Workspace:
 
     @cached_property
     def mask(self) -> torch.Tensor:
-        """The buffer for a mask of random elements."""
+        """The buffer for a mask of random elements, or for outliers."""
         return self._new()
 
     @cached_property

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from streammerge.adapter import PEFT, Adapter
+from streammerge.catalog import OUTLIERS, RuleSpec
 from streammerge.errors import IncompatibleError, RecipeError
 from streammerge.planner.align import Alignment
 from streammerge.plans import Sources
@@ -27,6 +28,21 @@ def check_range(adapters: Sequence[Adapter], sources: Sources, dtype: str) -> No
             f"{adapters[sources.adapter[row]].path}: weight {sources.weight[row]:g} times its "
             f"scaling leaves the range of {dtype}",
             option="weights",
+        )
+
+
+def check_shares(sources: Sources, rule: RuleSpec, gamma: float | None) -> None:
+    """Check that what is kept and what is dropped as outliers are no more than all.
+
+    Raises:
+        RecipeError: they are more.
+    """
+    dropped, kept = OUTLIERS if gamma is None else gamma, float(sources.density.max())
+    if rule.sparsity == "middle" and kept + dropped > 1:
+        raise RecipeError(
+            f"{rule.name} cannot keep {kept:g} of the elements and drop {dropped:g} of them as "
+            "outliers; density and gamma are at most 1 together",
+            option="gamma",
         )
 
 

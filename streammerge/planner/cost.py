@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from streammerge.catalog import RuleSpec
 from streammerge.planner.memory import tile_bytes
-from streammerge.planner.routes import Course, Shape
+from streammerge.planner.routes import COORDINATES, Course, Shape, seen_shape
 
 GEMM_RATE = 3e10
 """Floating-point operations a second of a matrix product on one core."""
@@ -21,6 +21,8 @@ SCRATCH_RATE = 5e8
 @lru_cache(maxsize=1024)
 def arithmetic(course: Course, rule: RuleSpec, shape: Shape) -> int:
     """Return the floating-point operations of a task, about."""
+    if course.route in COORDINATES.values():
+        return _bases(course, shape) + _formed(course, rule, seen_shape(course.route, shape))
     m, n, k, sources = shape.m, shape.n, shape.total_rank, len(shape.ranks)
     from_factors = {
         "concatenate": k * (m + n),
@@ -34,11 +36,29 @@ def arithmetic(course: Course, rule: RuleSpec, shape: Shape) -> int:
     }
     if course.route in from_factors:
         return from_factors[course.route]
+    return _formed(course, rule, shape)
+
+
+def _formed(course: Course, rule: RuleSpec, shape: Shape) -> int:
+    """Return what a matrix takes that is made tile by tile: finding thresholds, making it once, and
+    its truncated SVD."""
+    m, n, k, sources = shape.m, shape.n, shape.total_rank, len(shape.ranks)
     made = m * n * (2 * k * rule.sweeps + rule.operations * sources)
-    selection = 2 * m * n * (2 * k + 4 * sources) if rule.sparsity == "largest" else 0
-    if course.route == "dense":
+    selection = rule.cuts * 2 * m * n * (2 * k + 4 * sources)
+    if not course.passes:
         return made + selection + 4 * m * n * shape.small + 20 * shape.small**3
     return made + selection + course.passes * 4 * m * n * course.block
+
+
+def _bases(course: Course, shape: Shape) -> int:
+    """Return what bases take, the coordinates of factors in them, and bringing a pair back."""
+    k = shape.total_rank
+    sides = (shape.m,) if course.route == "left_basis" else (shape.m, shape.n)
+    orders = [min(side, k) for side in sides]
+    return sum(
+        side * k * (2 * order + order) + 2 * side * order * (k + shape.rank) + 20 * order**3
+        for side, order in zip(sides, orders, strict=True)
+    )
 
 
 def prefers_scratch(rule: RuleSpec, shape: Shape) -> bool:

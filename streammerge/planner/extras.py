@@ -23,7 +23,7 @@ from streammerge.planner.extra_names import (
     read_name,
 )
 from streammerge.planner.extra_terms import ExtraTensor, Terms
-from streammerge.planner.fit import Draft
+from streammerge.planner.hold import Draft
 from streammerge.planner.layout import OutputTensor
 from streammerge.planner.lora_bias import lora_biases
 from streammerge.planner.routes import Course, Shape

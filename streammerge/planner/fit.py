@@ -5,44 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from streammerge.budget import CPU, Budget, Device, format_size
 from streammerge.catalog import RuleSpec
 from streammerge.errors import BudgetError
-from streammerge.planner.align import Group
 from streammerge.planner.cost import arithmetic, prefers_scratch
-from streammerge.planner.memory import (
-    Holding,
-    factor_bytes,
-    joined_tile_bytes,
-    project,
-    project_fetched,
-    project_host,
-    project_team,
-    stack_bytes,
-    tile_bytes,
-)
-from streammerge.planner.routes import Course, Shape
+from streammerge.planner.hold import Draft, hold, least
+from streammerge.planner.memory import project, project_fetched, project_host, project_team
 from streammerge.plans import EXTRA_ROUTES, Region, Task
-from streammerge.tiling import (
-    factor_groups,
-    factor_rows,
-    flat_tiles,
-    gram_blocks,
-    longest,
-    panels,
-    row_tiles,
-)
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A task before the budget has had its say."""
-
-    group: Group
-    shape: Shape
-    course: Course
+from streammerge.tiling import factor_groups, flat_tiles, gram_blocks, panels, row_tiles
 
 
 @dataclass(frozen=True)
@@ -82,7 +52,7 @@ def fit(
     limits = Limits(budget, device, workers=workers)
     # A tensor that is no factor does not go to a device.
     needs = [
-        0 if limits.on_device and draft.course.route in EXTRA_ROUTES else _least(draft, rule)
+        0 if limits.on_device and draft.course.route in EXTRA_ROUTES else least(draft, rule)
         for draft in drafts
     ]
     worst = max(range(len(drafts)), key=needs.__getitem__)
@@ -116,7 +86,7 @@ def fit(
 def _on_host(draft: Draft, rule: RuleSpec, limits: Limits) -> int:
     """Return what a task holds in the process's memory at least."""
     if not limits.on_device or draft.course.route in EXTRA_ROUTES:
-        held = _least(draft, rule)
+        held = least(draft, rule)
     else:
         held = project_host(draft.shape)
     return held + project_fetched(draft.shape)
@@ -138,7 +108,7 @@ def _is_alone(draft: Draft, rule: RuleSpec, limits: Limits) -> bool:
     if threads == 1:
         return False
     host = _on_host(draft, rule, limits)
-    if _least(draft, rule) * threads > limits.room or host * threads > _host_room(limits):
+    if least(draft, rule) * threads > limits.room or host * threads > _host_room(limits):
         return True
     work = arithmetic(draft.course, rule, draft.shape)
     if work < SHARED_WORK or _parts(draft) < threads:
@@ -171,12 +141,12 @@ def _team(draft: Draft, rule: RuleSpec, limits: Limits) -> int:
         return 1
     work = arithmetic(draft.course, rule, draft.shape)
     others = limits.workers * limits.budget.threads * ROUNDS
-    searched = len(draft.shape.ranks) if rule.sparsity == "largest" else 0
+    searched = rule.cuts * len(draft.shape.ranks)
     passes = searched + draft.course.passes * (2 if draft.course.route == "sum" else 1)
     if work < PASS_WORK * passes or work * others <= limits.whole:
         return 1
     team = min(limits.workers, _parts(draft))
-    needed, host = _least(draft, rule, 2), 0
+    needed, host = least(draft, rule, 2), 0
     travelling = project_team(draft.shape, draft.course)
     if limits.on_device:
         host = project_host(draft.shape) + travelling
@@ -187,7 +157,7 @@ def _team(draft: Draft, rule: RuleSpec, limits: Limits) -> int:
 
 def _parts(draft: Draft) -> int:
     """Into how many parts a target's work falls that can be done side by side."""
-    shape, route = draft.shape, draft.course.route
+    shape, route = draft.seen, draft.course.route
     if route == "fold":
         return len(flat_tiles(shape.rank * shape.small))
     if route == "sum":
@@ -213,10 +183,6 @@ def _refuse(target: str, projected: int, allowed: int, smallest: int, origin: st
     )
 
 
-def _least(draft: Draft, rule: RuleSpec, lanes: int = 1) -> int:
-    return project(draft.course, rule, draft.shape, Holding(lanes=lanes))
-
-
 def plan_task(
     draft: Draft,
     rule: RuleSpec,
@@ -235,7 +201,7 @@ def plan_task(
         room -= travelling
     lanes = _lanes(draft, rule, limits, room, team) if alone else 1
     # Who leads a team has buffers of its own beside those of its share.
-    holding = _hold(draft, rule, room, lanes + (team > 1))
+    holding = hold(draft, rule, room, lanes + (team > 1))
     spilled = 0
     if course.route == "krylov" and scratch and prefers_scratch(rule, shape):
         spilled = len(row_tiles(shape.m, shape.n)) - holding.tiles
@@ -274,57 +240,6 @@ def _lanes(draft: Draft, rule: RuleSpec, limits: Limits, room: int, team: int) -
         return 1
     leading = team > 1
     lanes = min(limits.budget.threads, -(-_parts(draft) // team))
-    while lanes > 1 and _least(draft, rule, lanes + leading) > room:
+    while lanes > 1 and least(draft, rule, lanes + leading) > room:
         lanes -= 1
     return lanes
-
-
-def _hold(draft: Draft, rule: RuleSpec, room: int, lanes: int) -> Holding:
-    """Return what a task keeps in memory: first factors, then tiles, as many as fit."""
-    shape = draft.shape
-    room -= _least(draft, rule, lanes)
-    if draft.course.route == "concatenate":
-        return Holding(tiles=_joined_tiles(shape, room))
-    if draft.course.route not in ("fold", "sum", "dense", "krylov"):
-        return Holding(lanes=lanes)
-    if draft.course.route == "sum":
-        return Holding(factors=_held_factors(shape, room), lanes=lanes)
-    factors = _held_factors(shape, room) if draft.course.route != "fold" else 0
-    room -= factor_bytes(shape, factors)
-    stack = lanes * stack_bytes(shape, _tile_elements(draft))
-    stacked = rule.sweeps > 1 and stack <= room
-    room -= stack if stacked else 0
-    if draft.course.route != "krylov":
-        # Each tile is made once: for the output, or for a matrix that is held as a whole.
-        return Holding(factors=factors, stacked=stacked, lanes=lanes)
-    tiles = min(len(row_tiles(shape.m, shape.n)), room // tile_bytes(shape))
-    return Holding(tiles, factors, stacked, lanes)
-
-
-def _joined_tiles(shape: Shape, room: int) -> int:
-    """Return how many tiles of the B's side by side are made at once.
-
-    The more adapters, the lower their tiles; so many are taken together that a part of an adapter
-    that is read for them is no trifle.
-    """
-    tiles = factor_rows(shape.m, shape.total_rank)
-    wanted = min(len(tiles), -(-PART_ELEMENTS // max(shape.ranks)) // longest(tiles))
-    return 1 + max(0, min(wanted - 1, room // joined_tile_bytes(shape)))
-
-
-PART_ELEMENTS = 2**15
-"""Elements of a part of a factor that is read on its own: with fewer, the reading of parts costs
-more than what is read."""
-
-
-def _held_factors(shape: Shape, room: int) -> int:
-    """Return of how many sources the factors fit into `room` bytes."""
-    sizes = np.cumsum(shape.ranks) * (shape.m + shape.n) * shape.item
-    return int(np.searchsorted(sizes, room, side="right"))
-
-
-def _tile_elements(draft: Draft) -> int:
-    shape = draft.shape
-    if draft.course.route == "fold":
-        return max(longest(flat_tiles(shape.rank * side)) for side in (shape.m, shape.n))
-    return longest(row_tiles(shape.m, shape.n)) * shape.n

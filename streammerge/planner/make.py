@@ -20,11 +20,12 @@ from streammerge.budget import ON_CPU, Budget, Device
 from streammerge.catalog import METHODS, RULES, SPACES, RuleSpec, SpaceSpec
 from streammerge.errors import RecipeError
 from streammerge.planner.align import Alignment, align, check_shapes, gather
-from streammerge.planner.checks import check_bases, check_range, partial_targets
+from streammerge.planner.checks import check_bases, check_range, check_shares, partial_targets
 from streammerge.planner.extra_terms import Terms
 from streammerge.planner.extras import check_extras, extra_drafts, plan_extras
-from streammerge.planner.fit import Draft, fit, plan_task
+from streammerge.planner.fit import fit, plan_task
 from streammerge.planner.formats import image_config, output_format
+from streammerge.planner.hold import Draft
 from streammerge.planner.layout import Pair, lay_out
 from streammerge.planner.output_config import output_config
 from streammerge.planner.routes import Shape, choose_course
@@ -68,6 +69,7 @@ def make_plan(
     alignment = align(adapters, recipe.include, recipe.exclude)
     sources = resolve(alignment, scaling, recipe)
     check_range(adapters, sources, recipe.compute_dtype)
+    check_shares(sources, rule, recipe.gamma)
     check_shapes(adapters, alignment, equal_ranks=space.equal_ranks)
     dtype = output_dtype(adapters, alignment, recipe.dtype)
     stored = STORED_NAMES[dtype]
@@ -143,7 +145,8 @@ def resolve_method(recipe: Recipe) -> tuple[RuleSpec, SpaceSpec]:
     rule = RULES[method.rule]
     if space.name == "exact" and rule.name != "linear":
         raise RecipeError(
-            f"only a weighted sum has an exact pair; {rule.name} goes with factor or delta",
+            f"only a weighted sum has an exact pair; {rule.name} goes with "
+            f"{', '.join(name for name in SPACES if name != space.name)}",
             option="space",
         )
     _check_options(recipe, rule, space)
@@ -156,6 +159,8 @@ def _check_options(recipe: Recipe, rule: RuleSpec, space: SpaceSpec) -> None:
         raise RecipeError(f"{what} needs a density in [0, 1]", option="density")
     if not rule.needs_density and recipe.density is not None:
         raise RecipeError(f"density does not go with {what}, which keeps all", option="density")
+    if rule.sparsity != "middle" and recipe.gamma is not None:
+        raise RecipeError(f"gamma does not go with {what}, which keeps outliers", option="gamma")
     if rule.elects and recipe.normalize:
         raise RecipeError(
             f"normalize does not go with {what}, which divides by how many agree, not by their "

@@ -6,11 +6,11 @@ Every buffer of a route is a term here, in the order in which the worker makes t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from streammerge.catalog import RuleSpec
-from streammerge.planner.routes import DOUBLE, PROBES, Course, Shape
+from streammerge.planner.routes import DOUBLE, PROBES, Course, Shape, seen_shape, whole_side
 from streammerge.tiling import (
     TILE_ELEMENTS,
     factor_groups,
@@ -43,6 +43,9 @@ COUNTER_BYTES = 2 * 1024**2
 
 DRAWN = 2**18
 """Elements of a stream of random bits that are drawn at once."""
+
+SIGNED = 2**20
+"""Entries of a basis that are looked at together for the signs, unless one vector has more."""
 
 GATHERED = 16 * 2**16
 """Elements of a bracket around a threshold that are gathered at most, over all tiles."""
@@ -92,6 +95,8 @@ def project(course: Course, rule: RuleSpec, shape: Shape, holding: Holding) -> i
         "copy": lambda: 2 * longest(flat_tiles(shape.m * shape.n)) * shape.out_item,
         "mean": lambda: _averaged(shape),
         "bias": lambda: _averaged(shape),
+        "left_basis": lambda: _in_bases(rule, shape, course, holding),
+        "both_bases": lambda: _in_bases(rule, shape, course, holding),
     }
     picking = lanes * turned_bytes(shape)
     return parts[course.route]() + picking + SLACK_BYTES + (lanes - 1) * LANE_BYTES
@@ -190,6 +195,55 @@ def _sum(shape: Shape, course: Course, holding: Holding) -> int:
     probed = 3 * max(shape.m, shape.n) * PROBES * shape.item
     kept = factor_bytes(shape, holding.factors)
     return kept + holding.lanes * lane + probed + _krylov(shape, course, holding.lanes)
+
+
+def _in_bases(rule: RuleSpec, shape: Shape, course: Course, holding: Holding) -> int:
+    """The bases; while they are made, what that takes, and later the factors' coordinates in them
+    and what the merged coordinates take; the pair."""
+    seen, k = seen_shape(course.route, shape), shape.total_rank
+    sides = (shape.m,) if course.route == "left_basis" else (shape.m, shape.n)
+    bases = sum(side * min(side, k) for side in sides) * shape.item
+    if len(sides) == 1:
+        bases += sum(rank * rank for rank in shape.ranks) * DOUBLE  # the L's
+    making = max(_basis(shape, side, holding.lanes) for side in sides)
+    # A's coordinates are as wide as A in the one route, and read when they are needed.
+    coordinates = (seen.m if len(sides) == 1 else seen.m + seen.n) * k * shape.item
+    reading = max(shape.ranks) * max(shape.m, shape.n) * (shape.item + shape.stored_item)
+    projecting = 2 * max(seen.m, seen.n) * shape.item + max(shape.m, shape.n) * DOUBLE
+    reading += max(shape.ranks) * projecting
+    merging = _coordinates(rule, seen, course, holding)
+    later = coordinates + max(holding.lanes * reading, merging)
+    return bases + max(making, later) + _pair(shape)
+
+
+def _basis(shape: Shape, side: int, lanes: int) -> int:
+    """The stacked factors; their Gram matrix, its eigenvectors and what LAPACK works in; rows in
+    float64 as they are multiplied. Or their QR and the SVD of the triangle."""
+    k = shape.total_rank
+    order, stack = min(side, k), side * k * shape.item
+    largest = max(shape.ranks)
+    reading = largest * max(shape.m, shape.n) * (shape.item + shape.stored_item)
+    rooting = lanes * (2 * reading + 5 * largest * largest * DOUBLE)
+    signs = min(side * order, max(side, SIGNED)) * (2 * shape.item + 2)
+    if shape.item == DOUBLE:
+        return max(rooting, 4 * stack + 8 * order * order * DOUBLE + max(reading, signs))
+    rows = longest(gram_rows(side)) * max(k, order) + longest(gram_rows(k)) * order
+    working = max(reading, signs, lanes * 2 * rows * DOUBLE)
+    return max(rooting, stack + 5 * order * order * DOUBLE + working)
+
+
+def _coordinates(rule: RuleSpec, seen: Shape, course: Course, holding: Holding) -> int:
+    """The A's that are kept, tiles, and what an iteration takes; or the whole of a matrix that
+    turns out to have a short side; the triples before they are brought back."""
+    kept = holding.factors and sum(seen.ranks[: holding.factors]) * seen.n * seen.item
+    tiles = _streamed(rule, seen, replace(holding, factors=0))
+    short = min(seen.small, whole_side(seen.rank))
+    whole = replace(seen, m=short, n=max(seen.m, seen.n))
+    truncating = _dense(whole)
+    if course.passes:
+        iterating = _krylov(seen, course, holding.lanes) + holding.lanes * tile_bytes(seen)
+        truncating = max(truncating, iterating)
+    return kept + tiles + truncating
 
 
 def _streamed(rule: RuleSpec, shape: Shape, holding: Holding) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from streammerge.catalog import RuleSpec, SpaceSpec
 from streammerge.plans import Route
@@ -42,6 +42,9 @@ SUM_SECONDS = 3.5e-11
 
 SUM_PASSES = 10
 """Passes that an iteration on factors takes, about."""
+
+COORDINATES: dict[str, Route] = {"core": "both_bases", "knots": "left_basis"}
+"""Spaces in which a rule sees coordinates in bases of all adapters' factors, and their routes."""
 
 PROBES = 8
 """Gaussian vectors that ride along when factors are iterated on; they estimate what is missed."""
@@ -95,27 +98,57 @@ class Course:
 def choose_course(rule: RuleSpec, space: SpaceSpec, shape: Shape) -> Course:
     """Return how a target is merged.
 
-    A weighted sum in delta space goes through the stacked factors while that costs the least: by
-    their Gram matrices, which square the condition and so need twice the precision of what they
-    are made of, or by QR. With more adapters than that it is iterated on group by group, or,
-    with a short side, formed. What other rules make is formed tile by tile, and iterated on.
+    A weighted sum goes through the stacked factors while that costs the least: by their Gram
+    matrices, which square the condition and so need twice the precision of what they are made of,
+    or by QR. With more adapters than that it is iterated on group by group, or, with a short side,
+    formed. It is the same in coordinates as of the deltas themselves, for the bases hold all of
+    them. What other rules make is formed tile by tile, and iterated on.
     """
     if space.name == "exact":
         return Course("concatenate")
     if space.name == "factor":
         return Course("fold")
+    linear = rule.name == "linear"
+    if space.name in COORDINATES and not linear:
+        return _in_bases(COORDINATES[space.name], shape)
+    return _of_deltas(shape, linear=linear)
+
+
+def _in_bases(route: Route, shape: Shape) -> Course:
+    block, seen = shape.rank + OVERSAMPLING, seen_shape(route, shape)
+    passes = _passes(seen, block) if seen.small > whole_side(shape.rank) else 0
+    return Course(route, block, passes)
+
+
+def _of_deltas(shape: Shape, *, linear: bool) -> Course:
     block = shape.rank + OVERSAMPLING
     iterated = Course("krylov", block, _passes(shape, block))
-    linear = rule.name == "linear"
     if linear and shape.total_rank * (shape.m + shape.n) <= STACK_ELEMENTS:
         if shape.item == DOUBLE:
             if shape.total_rank <= max(SUM_PASSES * block, shape.small // 8):
                 return Course("core")
         elif gram_seconds(shape) <= sum_seconds(shape, block):
             return Course("gram")
-    if shape.small <= max(DENSE_SIDE, 4 * block):
+    if shape.small <= whole_side(shape.rank):
         return Course("dense")
     return Course("sum", iterated.block, iterated.passes) if linear else iterated
+
+
+def seen_shape(route: Route, shape: Shape) -> Shape:
+    """Return the shape of what the rule sees: of the target, or of its coordinates.
+
+    There are as many coordinates as the bases have directions; at most that many.
+    """
+    if route not in COORDINATES.values():
+        return shape
+    height = min(shape.m, shape.total_rank)
+    width = min(shape.n, shape.total_rank) if route == "both_bases" else shape.n
+    return replace(shape, m=height, n=width)
+
+
+def whole_side(rank: int) -> int:
+    """Return up to which side a merged matrix is decomposed as a whole."""
+    return max(DENSE_SIDE, 4 * (rank + OVERSAMPLING))
 
 
 def gram_seconds(shape: Shape) -> float:

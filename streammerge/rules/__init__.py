@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from streammerge.rules.breadcrumbs import breadcrumbs
 from streammerge.rules.dare_linear import dare_linear
 from streammerge.rules.dare_ties import dare_ties
 from streammerge.rules.linear import linear
@@ -19,6 +20,7 @@ from streammerge.rules.tile import Tile
 Rule = Callable[[Tile], torch.Tensor]
 
 FUNCTIONS: dict[str, Rule] = {
+    "breadcrumbs": breadcrumbs,
     "dare_linear": dare_linear,
     "dare_ties": dare_ties,
     "linear": linear,

@@ -23,6 +23,8 @@ class Tile:
     """As they are."""
     largest: Tensors
     """With only their largest magnitudes, by each tensor's threshold over all tiles."""
+    middle: Tensors
+    """With only their largest magnitudes but for outliers, by two thresholds of each tensor."""
     random: Tensors
     """With random elements kept, divided by the density."""
     weights: Sequence[float]

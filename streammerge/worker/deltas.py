@@ -1,15 +1,16 @@
-"""Matrices that a rule makes from the deltas, tile by tile: dense and krylov."""
+"""Matrices that a rule makes, tile by tile, from the deltas or from coordinates of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from typing import Protocol
 
 import torch
 
 from streammerge.kernels.krylov import block_krylov
 from streammerge.kernels.matrices import RowTiles, TiledMatrix, dense
-from streammerge.kernels.thresholds import Stream, Threshold
+from streammerge.kernels.thresholds import Cut, Stream
 from streammerge.kernels.tiles import HeldTiles, MergedTiles, Operands
 from streammerge.lowrank import Truncation
 from streammerge.output.scratch import ScratchFile
@@ -23,39 +24,68 @@ Spans = Sequence[tuple[int, int]]
 
 def merge_deltas(work: Work) -> Truncation:
     """Return the triples of a matrix that a rule makes, tile by tile, from the deltas."""
-    task = work.task
-    with closing(MergedDeltas(work)) as merged:
-        count = len(merged.rows)
-        merged.tiles.find_thresholds(
-            lambda i: work.over(("stream", i), lambda: merged.stream(i), count)
-        )
-        if task.route == "dense":
-            matrix = work.sources.a[0].new_empty((task.m, task.n))
-            return dense(matrix, merged.tiles, merged.rows, task.rank, work.each)
-        thresholds = merged.tiles.thresholds
-        tiled = TiledMatrix(
-            work.over(("matrix", thresholds), lambda: merged.matrix(thresholds), count), task.m
-        )
-        start = work.gaussian("krylov", task.block)
-        return block_krylov(tiled, task.rank, start, task.passes, work.each)
+    with closing(MergedTensors(work, Deltas(work))) as merged:
+        return merge_tensors(work, merged, work.task.passes)
 
 
-class MergedDeltas:
-    """What a rule makes of the deltas, in tiles; as much of it is held as the task says."""
+def merge_tensors(work: Work, merged: MergedTensors, passes: int) -> Truncation:
+    """Return the triples of a matrix that a rule makes, tile by tile.
 
-    def __init__(self, work: Work) -> None:
-        self.rows = row_tiles(work.task.m, work.task.n)
+    Args:
+        work: the target.
+        merged: the matrix.
+        passes: of an iteration; 0 to form it as a whole.
+    """
+    count, task = len(merged.rows), work.task
+    merged.tiles.find_thresholds(
+        lambda i: work.over(("stream", i), lambda: merged.stream(i), count)
+    )
+    height, width = merged.shape
+    if not passes:
+        matrix = work.sources.a[0].new_empty((height, width))
+        return dense(matrix, merged.tiles, merged.rows, task.rank, work.each)
+    thresholds = merged.tiles.thresholds
+    tiled = TiledMatrix(
+        work.over(("matrix", thresholds), lambda: merged.matrix(thresholds), count), height
+    )
+    start = work.gaussian("krylov", task.block, width)
+    return block_krylov(tiled, task.rank, start, passes, work.each)
+
+
+class Tensors(Protocol):
+    """What a rule sees: one matrix for each source, in the same tiles of rows."""
+
+    name: str
+    """By which random bits are drawn."""
+    rows: Spans
+    """Each tile's range of rows."""
+    width: int
+    """Columns."""
+
+    def fill(self, i: int, t: int, buffer: torch.Tensor) -> torch.Tensor:
+        """Put tile t of matrix i into a buffer and return it, flat."""
+
+    def sample(self, i: int) -> torch.Tensor:
+        """Return elements of matrix i, spread over all rows and columns."""
+
+
+class MergedTensors:
+    """What a rule makes of its matrices, in tiles; as much of it is held as the task says."""
+
+    def __init__(self, work: Work, tensors: Tensors) -> None:
+        self.rows = tensors.rows
         """Each tile's range of rows."""
+        width, sources = tensors.width, work.sources
+        self.shape = (self.rows[-1][1], width)
+        """Of the merged matrix."""
         self._work = work
-        self._deltas = deltas = _Deltas(work, self.rows)
-        n, sources = work.task.n, work.sources
         self._operands = Operands(
-            spans=[(start * n, stop * n) for start, stop in self.rows],
-            fill=deltas.fill,
-            sample=deltas.sample,
-            width=n,
+            spans=[(start * width, stop * width) for start, stop in self.rows],
+            fill=tensors.fill,
+            sample=tensors.sample,
+            width=width,
             new_buffer=sources.a[0].new_buffer,
-            keys=sources.keys(work.job, work.task.target, "delta"),
+            keys=sources.keys(work.job, work.task.target, tensors.name),
             weights=sources.weights,
             densities=sources.densities,
         )
@@ -64,11 +94,11 @@ class MergedDeltas:
         self._held: HeldTiles | None = None
 
     def stream(self, i: int) -> Stream:
-        """Return delta i, for the search of its threshold."""
+        """Return matrix i, for the search of its threshold."""
         return self.tiles.stream(i)
 
-    def matrix(self, thresholds: tuple[Threshold, ...]) -> RowTiles:
-        """Return the merged matrix, of deltas that are cut there; it holds tiles from now on."""
+    def matrix(self, thresholds: tuple[Cut, ...]) -> RowTiles:
+        """Return the merged matrix, of matrices cut there; it holds tiles from now on."""
         if self._held is None:
             task = self._work.task
             self.tiles.thresholds = thresholds
@@ -86,14 +116,18 @@ class MergedDeltas:
         self._open.close()
 
 
-class _Deltas:
+class Deltas:
     """Tiles and samples of the sources' deltas; the factors of some sources are held."""
 
-    def __init__(self, work: Work, rows: Spans) -> None:
+    name = "delta"
+
+    def __init__(self, work: Work) -> None:
+        self.rows: Spans = row_tiles(work.task.m, work.task.n)
+        """Each tile's range of rows."""
+        self.width = work.task.n
+        """Columns."""
         self._job = work.job
         self._sources = work.sources
-        self._rows = rows
-        self._n = work.task.n
         a, b = work.sources.a, work.sources.b
         held = work.each(lambda i: (a[i].whole(), b[i].whole()), range(work.task.factors))
         self._held = list(held)
@@ -101,10 +135,10 @@ class _Deltas:
     def fill(self, i: int, t: int, buffer: torch.Tensor) -> torch.Tensor:
         """Put tile t of delta i into a buffer and return it, flat."""
         self._job.check()
-        start, stop = self._rows[t]
+        start, stop = self.rows[t]
         b = self._b_rows(i, start, stop)
-        out = buffer[: (stop - start) * self._n]
-        shaped = out.view(stop - start, self._n)
+        out = buffer[: (stop - start) * self.width]
+        shaped = out.view(stop - start, self.width)
         delta_tile(b, self._a(i), self._sources.scalings[i], out=shaped)
         return out
 
@@ -112,7 +146,7 @@ class _Deltas:
         """Return elements of delta i, spread over all rows and columns."""
         a, (m, rank) = self._a(i), self._sources.b[i].matrix_shape
         tiles = factor_rows(m, rank)
-        count = sample_size(m * self._n) // len(tiles)
+        count = sample_size(m * self.width) // len(tiles)
         scaling = self._sources.scalings[i]
         return torch.cat(
             [delta_sample(self._b_rows(i, *rows), a, scaling, count) for rows in tiles]

@@ -15,12 +15,15 @@ import torch
 
 from streammerge.adapter import Adapter, TensorFile
 from streammerge.budget import AUTO, CPU, HEADROOM, Device, resident_bytes, round_process
+from streammerge.catalog import OUTLIERS
 from streammerge.errors import RecipeError
 from streammerge.hub import Ranges, Span
+from streammerge.kernels.bases import left_basis
 from streammerge.kernels.tiles import RuleOptions
 from streammerge.output.writer import RegionWriter
 from streammerge.plans import Plan, Region
 from streammerge.readers.windows import Bytes, OpenFiles, mapped, pread
+from streammerge.spaces.bases import coordinates
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 """mallopt(3)."""
@@ -79,7 +82,10 @@ class Job:
         recipe = plan.recipe
         self.dtype: torch.dtype = getattr(torch, recipe["compute_dtype"])
         self.output_dtype: torch.dtype = getattr(torch, plan.dtype)
-        self.options = RuleOptions(plan.rule, recipe["majority_sign"])
+        gamma = recipe["gamma"]
+        self.options = RuleOptions(
+            plan.rule, recipe["majority_sign"], OUTLIERS if gamma is None else float(gamma)
+        )
 
     def window(self, file: TensorFile, offset: int, nbytes: int) -> Bytes:
         """Return stored bytes of an input.
@@ -244,3 +250,6 @@ def warm_up() -> None:
         torch.linalg.qr(matrix)
         for values in (matrix @ matrix, matrix.double()):
             torch.linalg.svd(values)
+        # What a basis takes is called by no other route: 5 MiB of code at the first call.
+        basis = left_basis(torch.eye(64), [64], None, map)
+        coordinates(basis.vectors, torch.eye(64))

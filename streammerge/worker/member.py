@@ -13,7 +13,7 @@ import torch
 from streammerge.kernels.each import Each
 from streammerge.kernels.matrices import Stacks
 from streammerge.plans import Task
-from streammerge.worker.deltas import MergedDeltas
+from streammerge.worker.deltas import Deltas, MergedTensors
 from streammerge.worker.factors import TargetSources
 from streammerge.worker.job import Job
 from streammerge.worker.run import watched
@@ -76,8 +76,8 @@ class Member:
         return self._stacks
 
     @cached_property
-    def _deltas(self) -> MergedDeltas:
-        return MergedDeltas(self._work)
+    def _deltas(self) -> MergedTensors:
+        return MergedTensors(self._work, Deltas(self._work))
 
     @cached_property
     def _stacks(self) -> list[Stacks]:

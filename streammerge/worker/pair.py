@@ -63,7 +63,15 @@ def _certify(triples: Truncation, rounding: float) -> Certificate:
     if not math.isfinite(triples.energy + rounding):
         raise FloatingPointError("the energy of a merged matrix overflows")
     if triples.energy == 0.0:
-        return Certificate(1.0, 0.0, 0.0, converged=True, passes=triples.passes)
+        return Certificate(
+            1.0,
+            0.0,
+            0.0,
+            converged=True,
+            passes=triples.passes,
+            directions=triples.directions,
+            gap=triples.gap,
+        )
     lost = triples.lost + rounding
     return Certificate(
         kept_energy=max(0.0, 1.0 - lost / triples.energy),
@@ -71,4 +79,6 @@ def _certify(triples: Truncation, rounding: float) -> Certificate:
         excess=residual_excess(triples.missed + rounding, lost),
         converged=triples.converged,
         passes=triples.passes,
+        directions=triples.directions,
+        gap=triples.gap,
     )

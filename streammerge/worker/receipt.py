@@ -18,6 +18,10 @@ class Certificate:
     """How far that is above the best possible of the rank, relatively."""
     converged: bool
     passes: int
+    directions: tuple[int, ...] = ()
+    """Of the bases in which the rule saw coordinates, of columns and perhaps of rows."""
+    gap: float | None = None
+    """The smallest relative distance of neighbouring singular values of these bases."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,10 @@ class Receipt:
         made = {
             "checksums": tuple(fields["checksums"]),
             "inputs": tuple(fields["inputs"]),
-            "certificate": None if certificate is None else Certificate(**certificate),
+            "certificate": None if certificate is None else _certificate(certificate),
         }
         return cls(**{**fields, **made})
+
+
+def _certificate(fields: dict[str, Any]) -> Certificate:
+    return Certificate(**{**fields, "directions": tuple(fields["directions"])})

@@ -10,6 +10,7 @@ from streammerge.kernels.each import Each, Here, Over, Pool
 from streammerge.kernels.tiles import MergedTiles, Operands
 from streammerge.spaces.factor import factor_weights
 from streammerge.tiling import factor_rows, flat_tiles, longest, sample_step
+from streammerge.worker.coordinates import merge_in_both_bases, merge_in_left_basis
 from streammerge.worker.deltas import merge_deltas
 from streammerge.worker.encode import bytes_of, cast_tile, write
 from streammerge.worker.factors import FactorReader
@@ -27,6 +28,8 @@ TRUNCATING = {
     "sum": merge_sum,
     "dense": merge_deltas,
     "krylov": merge_deltas,
+    "left_basis": merge_in_left_basis,
+    "both_bases": merge_in_both_bases,
 }
 
 

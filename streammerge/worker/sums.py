@@ -29,24 +29,31 @@ def merge_gram(work: Work) -> Truncation:
 def _stacks(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
     """Return all scaled B's side by side (m × k) and the A's one below the other (k × n)."""
     everyone = range(len(work.sources))
-    b, a = work.each(lambda side: _stack(work, everyone, side), "BA")
+    b, a = work.each(lambda side: stack(work, everyone, side), "BA")
     return b, a
 
 
-def _stack(work: Work, chosen: range, side: str) -> torch.Tensor:
-    """Return the chosen sources' A's one below the other, or their B's, scaled, side by side."""
+def stack(work: Work, chosen: range, side: str, *, scaled: bool = True) -> torch.Tensor:
+    """Return the chosen sources' A's one below the other, or their B's side by side.
+
+    Args:
+        work: the target.
+        chosen: sources.
+        side: "A" or "B".
+        scaled: whether each B is multiplied by its q = weight·scaling.
+    """
     readers, along = (work.sources.a, 0) if side == "A" else (work.sources.b, 1)
     readers = readers[chosen.start : chosen.stop]
     size = list(readers[0].matrix_shape)
     lengths = [reader.matrix_shape[along] for reader in readers]
     size[along] = sum(lengths)
-    stack = readers[0].new_empty(size)
+    stacked = readers[0].new_empty(size)
     weights = work.stack_weights[chosen.start : chosen.stop]
     for reader, weight, part in zip(
-        readers, weights, torch.split(stack, lengths, dim=along), strict=True
+        readers, weights, torch.split(stacked, lengths, dim=along), strict=True
     ):
-        part.copy_(reader.whole().mul_(weight) if side == "B" else reader.whole())
-    return stack
+        part.copy_(reader.whole().mul_(weight) if side == "B" and scaled else reader.whole())
+    return stacked
 
 
 def merge_sum(work: Work) -> Truncation:
@@ -92,7 +99,7 @@ class _Group:
     def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._stacks is not None:
             return self._stacks
-        stacks = _stack(self._work, self._group, "B"), _stack(self._work, self._group, "A")
+        stacks = stack(self._work, self._group, "B"), stack(self._work, self._group, "A")
         if not self._asked and self._held(len(stacks[1])):
             self._stacks = stacks
         self._asked = True

@@ -69,9 +69,20 @@ class Work:
         """Each source's q = weight·scaling."""
         return stack_weights(self.sources.weights, self.sources.scalings)
 
-    def gaussian(self, purpose: str, columns: int) -> torch.Tensor:
-        """Return an n × columns Gaussian matrix, drawn on the CPU so that all devices have it."""
+    def gaussian(self, purpose: str, columns: int, rows: int | None = None) -> torch.Tensor:
+        """Return an n × columns Gaussian matrix, drawn on the CPU so that all devices have it.
+
+        Args:
+            purpose: another one is drawn for each.
+            columns: of it.
+            rows: of it, where they are not n.
+        """
         seed = stream_key(int(self.job.plan.recipe["seed"]), 0, self.task.target, purpose)
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(self.task.n, columns, generator=generator, dtype=self.job.dtype)
+        drawn = torch.randn(
+            self.task.n if rows is None else rows,
+            columns,
+            generator=generator,
+            dtype=self.job.dtype,
+        )
         return drawn.to(self.device)

@@ -1,4 +1,4 @@
-"""The eleven methods once more, dense and in float64, straight from the formulas.
+"""The methods once more, dense and in float64, straight from the formulas.
 
 Nothing here knows of files, tiles or streammerge. A source is one adapter's share of one target,
 with both factors as matrices: B is m x r, A is r x n, and its delta is (B A) * scaling.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +77,17 @@ def prune_by_magnitude(x: Matrix, density: float) -> Matrix:
     return pruned.reshape(x.shape)
 
 
+def prune_to_crumbs(x: Matrix, density: float, gamma: float) -> Matrix:
+    """Of the |x| in falling order, of equals the lowest flat index first: skip the int(gamma *
+    size) first, keep the int(density * size) that follow."""
+    order = np.argsort(-np.abs(x).ravel(), kind="stable")
+    start = int(gamma * x.size)
+    kept = order[start : start + int(density * x.size)]
+    pruned = np.zeros(x.size)
+    pruned[kept] = x.ravel()[kept]
+    return pruned.reshape(x.shape)
+
+
 def prune_by_mask(x: Matrix, keep: Mask, density: float) -> Matrix:
     """Keep what the mask keeps, divided by the density."""
     if density >= 1:
@@ -117,6 +129,7 @@ def apply_rule(
     density: float | None = None,
     majority_sign: str = "total",
     masks: Sequence[Mask] | None = None,
+    gamma: float = 0.01,
 ) -> Matrix:
     """One element-wise rule on N tensors of one shape."""
     if rule == "linear":
@@ -125,11 +138,13 @@ def apply_rule(
     if rule.startswith("dare"):
         assert masks is not None
         pruned = [prune_by_mask(x, keep, density) for x, keep in zip(tensors, masks, strict=True)]
+    elif rule == "breadcrumbs":
+        pruned = [prune_to_crumbs(x, density, gamma) for x in tensors]
     else:
         pruned = [prune_by_magnitude(x, density) for x in tensors]
     if rule in ("ties", "dare_ties"):
         return disjoint_mean(pruned, weights, majority_sign)
-    assert rule in ("magnitude_prune", "dare_linear"), rule
+    assert rule in ("magnitude_prune", "dare_linear", "breadcrumbs"), rule
     return weighted_sum(pruned, weights)
 
 
@@ -141,16 +156,17 @@ def merge_factors(
     density: float | None = None,
     majority_sign: str = "total",
     masks: FactorMasks | None = None,
+    gamma: float = 0.01,
 ) -> tuple[Matrix, Matrix]:
     """(A, B) of `cat` or of a method in factor space."""
     q = [weight * source.scaling for weight, source in zip(weights, sources, strict=True)]
     if method == "cat":
         a = np.vstack([q_i * source.a for q_i, source in zip(q, sources, strict=True)])
         return a, np.hstack([source.b for source in sources])
-    assert method in FACTOR_METHODS, method
+    assert method in (*FACTOR_METHODS, "breadcrumbs"), method
     on_b = [math.sqrt(abs(q_i)) for q_i in q]
     on_a = [root if q_i >= 0 else -root for root, q_i in zip(on_b, q, strict=True)]
-    shared = {"density": density, "majority_sign": majority_sign}
+    shared = {"density": density, "majority_sign": majority_sign, "gamma": gamma}
     masks_a, masks_b = (masks.a, masks.b) if masks else (None, None)
     a = apply_rule(method, [s.a for s in sources], on_a, masks=masks_a, **shared)
     b = apply_rule(method, [s.b for s in sources], on_b, masks=masks_b, **shared)
@@ -171,6 +187,69 @@ def merge_delta(
     return apply_rule(
         rule_of(method), deltas, weights, density=density, majority_sign=majority_sign, masks=masks
     )
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """What a rule sees in a space with bases, and how its answer is brought back."""
+
+    tensors: Sequence[Matrix]
+    left: Matrix
+    right: Matrix | None
+    margin: float
+    """How far rounding is from having a say in the bases: 1 is far."""
+
+    def back(self, answer: Matrix) -> Matrix:
+        """The m x n matrix that an answer stands for."""
+        return self.left @ answer if self.right is None else self.left @ answer @ self.right.T
+
+
+def in_coordinates(space: str, sources: Sequence[Source]) -> Coordinates:
+    """The deltas' coordinates, densely, as the papers define them.
+
+    KnOTS: with the deltas side by side = U S [V_1 ... V_N]^T the blocks S V_t^T. Core: with U the
+    left singular vectors of the B's side by side and V the right ones of the A's one below the
+    other, U^T delta_t V.
+    """
+    if space == "knots":
+        deltas = np.hstack([source.delta for source in sources])
+        u, s, vt, margin = _settled(*np.linalg.svd(deltas, full_matrices=False))
+        blocks = np.split(s[:, None] * vt, len(sources), axis=1)
+        return Coordinates(_without_rounding(blocks), u, None, margin)
+    side_by_side = np.hstack([source.b for source in sources])
+    u, _, _, of_left = _settled(*np.linalg.svd(side_by_side, full_matrices=False))
+    stacked = np.vstack([source.a for source in sources]).T
+    v, _, _, of_right = _settled(*np.linalg.svd(stacked, full_matrices=False))
+    cores = [source.scaling * (u.T @ source.b @ source.a @ v) for source in sources]
+    return Coordinates(_without_rounding(cores), u, v, min(of_left, of_right))
+
+
+def _without_rounding(tensors: Sequence[Matrix]) -> list[Matrix]:
+    """With zeros for what is nothing but rounding, which would vote and be counted."""
+    largest = max(np.abs(x).max(initial=0.0) for x in tensors)
+    return [np.where(np.abs(x) < 1e-10 * largest, 0.0, x) for x in tensors]
+
+
+def merge_in(
+    space: str, rule: str, sources: Sequence[Source], weights: Sequence[float], **options: Any
+) -> Matrix:
+    """The merged matrix of a rule in core or KnOTS space, before it is truncated."""
+    seen = in_coordinates(space, sources)
+    return seen.back(apply_rule(rule, seen.tensors, weights, **options))
+
+
+def _settled(u: Matrix, s: Matrix, vt: Matrix) -> tuple[Matrix, Matrix, Matrix, float]:
+    """Without the triples of zero, and with the largest entry of each left vector positive; and
+    how far other values, or another sign, are from being as right."""
+    kept = s > 1e-9 * s[0]
+    u, s, vt = u[:, kept], s[kept], vt[kept]
+    if not s.size:
+        return u, s, vt, 1.0
+    signs = np.sign(np.take_along_axis(u, np.abs(u).argmax(axis=0)[None], axis=0)[0])
+    u, vt = u * signs, vt * signs[:, None]
+    gaps = np.append((s[:-1] - s[1:]) / s[:-1], s[-1] / s[0])
+    signed = (u.max(axis=0) - np.maximum(0, -u.min(axis=0))) / u.max(axis=0)
+    return u, s, vt, float(min(gaps.min(), signed.min()))
 
 
 def best_rank(delta: Matrix, rank: int) -> Matrix:

@@ -1,0 +1,196 @@
+"""Orthonormal bases of what many factors span: left singular vectors of matrices side by side.
+
+A basis has one sign and one order, whatever LAPACK or device it comes from: singular values fall,
+and the first of a vector's largest entries is positive. Where two of the values are as good as
+equal the vectors between them are anybody's; how near they come is told with the basis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+
+from streammerge.kernels.each import Each
+from streammerge.kernels.grams import gram, gram_of_parts, multiply
+from streammerge.lowrank import thin_qr
+from streammerge.planner.memory import SIGNED
+from streammerge.spaces.bases import ROUNDING
+from streammerge.tiling import GRAM_ROWS
+
+ALIKE = 1e-4
+"""Entries this near to the largest, relatively, count as equal to it: a sign that hangs on the
+rounding of two of them would be no sign."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Left singular vectors, without those of the value zero."""
+
+    vectors: torch.Tensor
+    """s × k, orthonormal columns."""
+    gap: float
+    """The smallest distance between a singular value and the next one, over the larger of the two;
+    1 where there is none to compare."""
+
+
+Roots = Sequence[torch.Tensor]
+
+
+def left_basis(
+    stack: torch.Tensor, widths: Sequence[int], roots: Roots | None, each: Each
+) -> Basis:
+    """Return a basis of [X_1·L_1 … X_N·L_N]: of X itself where there are no L's.
+
+    In float32 from the smaller of the two Gram matrices, in float64, which squares the condition
+    and so has the precision of float32 and more; in float64 by QR and the SVD of the triangle.
+
+    Args:
+        stack: X = [X_1 … X_N], s × k; it is used up.
+        widths: columns of the X's.
+        roots: the L's, square, float64.
+        each: goes over blocks.
+
+    Raises:
+        FloatingPointError: what they span is not finite.
+    """
+    make = _by_grams if stack.dtype == torch.float32 else _by_qr
+    vectors, values = make(stack, widths, roots, each)
+    return Basis(_sign_(vectors), _gap(values))
+
+
+def _by_grams(
+    stack: torch.Tensor, widths: Sequence[int], roots: Roots | None, each: Each
+) -> tuple[torch.Tensor, torch.Tensor]:
+    side, columns = stack.shape
+    if columns > side:
+        y, values = _eigen(_row_gram(stack, widths, roots, each))
+        return y.to(stack.dtype), values
+    squares = gram(stack, each)
+    for part, other in zip(_parts(squares, widths, roots), roots or (), strict=True):
+        part.copy_(other.mT @ part)
+    for part, other in zip(_parts(squares.mT, widths, roots), roots or (), strict=True):
+        part.copy_(other.mT @ part)
+    y, values = _eigen(squares)
+    del squares
+    y /= values
+    for part, other in zip(_parts(y, widths, roots), roots or (), strict=True):
+        part.copy_(other @ part)
+    return multiply(stack, y, each), values
+
+
+def _parts(
+    matrix: torch.Tensor, widths: Sequence[int], roots: Roots | None
+) -> Sequence[torch.Tensor]:
+    """Return the rows of each source, where there is anything to multiply them with."""
+    return torch.split(matrix, list(widths)) if roots else ()
+
+
+def _row_gram(
+    stack: torch.Tensor, widths: Sequence[int], roots: Roots | None, each: Each
+) -> torch.Tensor:
+    """Return Σ (X_t·L_t)·(X_t·L_t)ᵀ, s × s, in float64."""
+    if roots is None:
+        return gram(stack.mT, each)
+    groups = _groups(widths)
+
+    def parts(rows: slice) -> Iterator[torch.Tensor]:
+        blocks = torch.split(stack[rows], list(widths), dim=1)
+        for group in groups:
+            turned = [roots[t].mT @ blocks[t].mT.double() for t in group]
+            yield torch.cat(turned)
+
+    side = len(stack)
+    return gram_of_parts(parts, stack.new_empty(side, side, dtype=torch.float64), each)
+
+
+def _groups(widths: Sequence[int]) -> list[range]:
+    """Return neighbouring sources that are taken together: GRAM_ROWS columns, or one source."""
+    groups: list[range] = []
+    filled = GRAM_ROWS
+    for source, width in enumerate(widths):
+        if filled + width > GRAM_ROWS:
+            groups.append(range(source, source))
+            filled = 0
+        groups[-1] = range(groups[-1].start, source + 1)
+        filled += width
+    return groups
+
+
+def _eigen(squares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return eigenvectors of a Gram matrix and the roots of their values, falling; none of zero."""
+    if not math.isfinite(float(squares.trace())):
+        raise FloatingPointError("factors overflow: their norm is not finite")
+    found, y = torch.linalg.eigh(squares)
+    values = found.flip(0).clamp_min_(0.0).sqrt_()
+    kept = _count(values, torch.float32)
+    return y[:, len(y) - kept :].flip(1), values[:kept]
+
+
+def _by_qr(
+    stack: torch.Tensor, widths: Sequence[int], roots: Roots | None, each: Each
+) -> tuple[torch.Tensor, torch.Tensor]:
+    del each
+    for part, other in zip(_parts(stack.mT, widths, roots), roots or (), strict=True):
+        part.copy_(other.mT @ part)
+    side, columns = stack.shape
+    if columns > side:
+        # X·L = Rᵀ·Qᵀ, and Q is not wanted.
+        triangle = torch.linalg.qr(stack.mT, mode="r").R
+        vectors, values, _ = torch.linalg.svd(triangle.mT)
+    else:
+        q, triangle = thin_qr(stack)
+        left, values, _ = torch.linalg.svd(triangle)
+        vectors = q @ left
+    if not math.isfinite(float(values.sum())):
+        raise FloatingPointError("factors overflow: their norm is not finite")
+    kept = _count(values, stack.dtype)
+    return vectors[:, :kept], values[:kept]
+
+
+def _count(values: torch.Tensor, dtype: torch.dtype) -> int:
+    """Return how many of falling singular values are not rounding."""
+    largest = float(values[0])
+    return int(torch.count_nonzero(values > ROUNDING[dtype] * largest))
+
+
+def _sign_(vectors: torch.Tensor) -> torch.Tensor:
+    """Turn columns, in place, so that the first of the largest entries of each is positive."""
+    for block in torch.split(vectors, max(1, SIGNED // len(vectors)), dim=1):
+        sizes = block.abs()
+        first = (sizes >= (1 - ALIKE) * sizes.amax(0)).to(torch.int8).argmax(0)
+        chosen = block.gather(0, first[None])
+        block.mul_(torch.sign(chosen))
+    return vectors
+
+
+def _gap(values: torch.Tensor) -> float:
+    if len(values) < 2:
+        return 1.0
+    return float(((values[:-1] - values[1:]) / values[:-1]).min())
+
+
+def square_root(factor: torch.Tensor, scaling: float, each: Each) -> torch.Tensor:
+    """Return L, r × r, with L·Lᵀ = scaling²·A·Aᵀ, in float64.
+
+    B·L has the left singular vectors and the singular values of B·A·scaling.
+
+    Args:
+        factor: A, r × n.
+        scaling: the adapter's.
+        each: goes over blocks.
+    """
+    rank = len(factor)
+    if factor.dtype == torch.float64:
+        triangle = torch.linalg.qr(factor.mT, mode="r").R
+        return pad(triangle.mT, (0, rank - len(triangle))) * scaling
+    squares = gram(factor.mT, each)
+    if not math.isfinite(float(squares.trace())):
+        raise FloatingPointError("factors overflow: their norm is not finite")
+    vectors: torch.Tensor
+    values, vectors = torch.linalg.eigh(squares)
+    vectors *= values.clamp_min_(0.0).sqrt_() * scaling
+    return vectors

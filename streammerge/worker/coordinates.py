@@ -1,0 +1,160 @@
+"""Rules on coordinates of the deltas, in bases of what all adapters span: core and knots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+
+import torch
+
+from streammerge.kernels.bases import Basis, left_basis, square_root
+from streammerge.lowrank import Truncation
+from streammerge.planner.routes import whole_side
+from streammerge.spaces.core import core_factors
+from streammerge.spaces.delta import delta_sample, delta_tile
+from streammerge.spaces.knots import knots_factor
+from streammerge.tiling import row_tiles, sample_size
+from streammerge.worker.deltas import MergedTensors, Spans, merge_tensors
+from streammerge.worker.sums import stack
+from streammerge.worker.work import Work
+
+
+def merge_in_left_basis(work: Work) -> Truncation:
+    """Return the triples of what a rule makes of S·Vᵀ, one for each source, brought back by U."""
+    sources = work.sources
+
+    def root(i: int) -> torch.Tensor:
+        return square_root(sources.a[i].whole(), sources.scalings[i], map)
+
+    roots = list(work.each(root, range(len(sources))))
+    left = left_basis(*_stacked(work, "B"), roots, work.each)
+    if not left.vectors.shape[1]:
+        return _nothing(work, left)
+    b = list(work.each(lambda i: _left(work, i, left), range(len(sources))))
+    held = list(work.each(lambda i: sources.a[i].whole(), range(work.task.factors)))
+
+    def a(i: int) -> torch.Tensor:
+        return held[i] if i < len(held) else sources.a[i].whole()
+
+    height = min(work.task.m, sum(_ranks(work)))
+    seen = Coordinates(work, "knots", b, a, (height, work.task.n))
+    triples = _merge(work, seen)
+    return replace(
+        triples,
+        u=left.vectors @ triples.u,
+        directions=(left.vectors.shape[1],),
+        gap=left.gap,
+    )
+
+
+def merge_in_both_bases(work: Work) -> Truncation:
+    """Return the triples of what a rule makes of the cores, brought back by both bases."""
+    sources, total = work.sources, sum(_ranks(work))
+    left = left_basis(*_stacked(work, "B"), None, work.each)
+    right = left_basis(*_stacked(work, "A"), None, work.each)
+    u, v = left.vectors, right.vectors
+    if not u.shape[1] or not v.shape[1]:
+        return _nothing(work, left, right)
+
+    def core(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return core_factors(sources.b[i].whole(), sources.a[i].whole(), u, v)
+
+    factors = list(work.each(core, range(len(sources))))
+    planned = min(work.task.m, total), min(work.task.n, total)
+    seen = Coordinates(work, "core", [b for b, _ in factors], lambda i: factors[i][1], planned)
+    triples = _merge(work, seen)
+    return replace(
+        triples,
+        u=u @ triples.u,
+        v=v @ triples.v,
+        directions=(u.shape[1], v.shape[1]),
+        gap=min(left.gap, right.gap),
+    )
+
+
+def _ranks(work: Work) -> list[int]:
+    return [reader.matrix_shape[0] for reader in work.sources.a]
+
+
+def _stacked(work: Work, side: str) -> tuple[torch.Tensor, list[int]]:
+    """Return the B's side by side, or the turned A's, as they are; and how wide each is."""
+    stacked = stack(work, range(len(work.sources)), side, scaled=False)
+    return stacked if side == "B" else stacked.mT, _ranks(work)
+
+
+def _left(work: Work, i: int, left: Basis) -> torch.Tensor:
+    return knots_factor(work.sources.b[i].whole(), left.vectors)
+
+
+def _nothing(work: Work, *bases: Basis) -> Truncation:
+    """Return the triples of a sum of zeros."""
+    task, new = work.task, work.sources.a[0].new_empty
+    return Truncation(
+        u=new((task.m, task.rank)).zero_(),
+        s=new((task.rank,)).zero_().double(),
+        v=new((task.n, task.rank)).zero_(),
+        energy=0.0,
+        lost=0.0,
+        directions=tuple(basis.vectors.shape[1] for basis in bases),
+        gap=min(basis.gap for basis in bases),
+    )
+
+
+def _merge(work: Work, seen: Coordinates) -> Truncation:
+    """Return the triples of the merged coordinates.
+
+    How many there are is known only now: bases have as many directions as the factors span. What
+    was planned for an iteration is formed as a whole where it turns out to have a short side.
+    """
+    with closing(MergedTensors(work, seen)) as merged:
+        small = min(merged.shape)
+        whole = small <= whole_side(work.task.rank)
+        passes = 0 if whole else min(work.task.passes, small // work.task.block)
+        return merge_tensors(work, merged, passes)
+
+
+class Coordinates:
+    """Tiles and samples of the deltas' coordinates, from those of their factors."""
+
+    def __init__(
+        self,
+        work: Work,
+        name: str,
+        b: list[torch.Tensor],
+        a: Callable[[int], torch.Tensor],
+        planned: tuple[int, int],
+    ) -> None:
+        """Make it.
+
+        Args:
+            work: the target.
+            name: by which random bits are drawn.
+            b: coordinates of the B's, k × r each.
+            a: returns A, or its coordinates, of source i.
+            planned: how many rows and columns there are at most; tiles are cut by these.
+        """
+        height, self.width = len(b[0]), a(0).shape[1]
+        self.name = name
+        self.rows: Spans = [
+            (start, min(stop, height)) for start, stop in row_tiles(*planned) if start < height
+        ]
+        """Each tile's range of rows."""
+        self._job = work.job
+        self._scalings = work.sources.scalings
+        self._b = b
+        self._a = a
+
+    def fill(self, i: int, t: int, buffer: torch.Tensor) -> torch.Tensor:
+        """Put tile t of source i's coordinates into a buffer and return it, flat."""
+        self._job.check()
+        start, stop = self.rows[t]
+        out = buffer[: (stop - start) * self.width]
+        shaped = out.view(stop - start, self.width)
+        delta_tile(self._b[i][start:stop], self._a(i), self._scalings[i], out=shaped)
+        return out
+
+    def sample(self, i: int) -> torch.Tensor:
+        """Return some of source i's coordinates, spread over all rows and columns."""
+        count = sample_size(len(self._b[i]) * self.width)
+        return delta_sample(self._b[i], self._a(i), self._scalings[i], count)
