@@ -47,8 +47,8 @@ def _courses(plan: Plan) -> str:
     for task in plan.tasks:
         course = (task.target, task.m, task.n, task.rank, task.route, task.block, task.passes)
         digest.update(repr((course, task.regions)).encode())
-        # What an adapter's config says: its file may have been edited.
-        for column in (sources.adapter, sources.scaling):
+        # What an adapter's config says, for its file may have been edited; weights and densities.
+        for column in vars(sources).values():
             digest.update(column[task.first : task.last].tobytes())
     digest.update(json.dumps(plan.config, sort_keys=True).encode())
     return digest.hexdigest()
@@ -69,6 +69,11 @@ def check_same(
         ResumeError: it is not; says what has changed.
     """
     changes = list(_changes(before, now, mixed_hardware=mixed_hardware))
+    if not changes and before["courses"] != now["courses"]:  # else they follow from the rest
+        changes.append(
+            "the targets, their shapes, what the adapters' configs say of them, or the layout of "
+            "the output are others"
+        )
     if changes:
         raise ResumeError(path=str(output), changes=tuple(changes))
 
@@ -92,11 +97,6 @@ def _changes(before: dict[str, Any], now: dict[str, Any], *, mixed_hardware: boo
         yield (
             f"it was computed with {before['fingerprint']}, and would now be with "
             f"{now['fingerprint']}, which rounds otherwise; mixed_hardware allows it"
-        )
-    if before["courses"] != now["courses"]:
-        yield (
-            "the targets, their shapes, what the adapters' configs say of them, or the layout of "
-            "the output are others"
         )
 
 

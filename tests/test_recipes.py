@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
+from dataclasses import MISSING, Field, fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,8 @@ from streammerge import events
 from streammerge.catalog import METHODS, RULES, SPACES
 from streammerge.cli import main
 from streammerge.errors import RecipeError, RecipeFileError
-from streammerge.recipe import Recipe
-from streammerge.recipe_file import read_recipe, write_recipe
+from streammerge.recipe import Recipe, make_density, make_weights
+from streammerge.recipe_file import RecipeFile, read_recipe, write_recipe
 from streammerge.schedule import as_json, depths, make_value, value_at
 
 LAYERS = {
@@ -183,6 +185,18 @@ def recipe_file(tmp_path: Path, text: str) -> Path:
     return path
 
 
+def made_by(read: RecipeFile) -> Recipe:
+    """Return the recipe that a call with a file's options makes."""
+    options = dict(read.options)
+    return Recipe(
+        adapters=read.adapters,
+        weights=make_weights(options.pop("weights"), len(read.adapters)),
+        density=make_density(options.pop("density")),
+        max_shard_bytes=options.pop("max_shard_size", None),
+        **options,
+    )
+
+
 def test_a_file_is_the_call(adapters: list[str], tmp_path: Path) -> None:
     """The file, the command line and the call make the same bytes and keep the same recipe."""
     path = recipe_file(
@@ -287,17 +301,44 @@ def test_what_is_written_reads_as_the_same_recipe(tmp_path_factory: Any, recipe:
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     path = tmp_path_factory.getbasetemp() / "written.yml"
     path.write_bytes(write_recipe(recipe.to_dict()))
-    read = read_recipe(path)
-    options = dict(read.options)
-    density = options.pop("density")
-    shard = options.pop("max_shard_size", None)
-    weights = tuple(make_value(w, option="weights") for w in options.pop("weights"))
-    if isinstance(density, list):
-        density = tuple(make_value(d, option="density") for d in density)
-    again = Recipe(
-        adapters=read.adapters, weights=weights, density=density, max_shard_bytes=shard, **options
-    )
-    assert again == recipe
+    assert made_by(read_recipe(path)) == recipe
+
+
+EVERY_FIELD = Recipe(
+    adapters=("a", "b"),
+    method="ties_svd",
+    weights=(make_value([1, 2], option="weights"), 0.5),
+    normalize=True,
+    space="delta",
+    density=0.5,
+    rank=3,
+    majority_sign="frequency",
+    clamp=0.9,
+    seed=7,
+    dtype="float16",
+    format="peft",
+    compute_dtype="float64",
+    extras="mean",
+    scaling="tensor",
+    include="up",
+    exclude="down",
+    base_model="org/base",
+    strict_base=True,
+    max_shard_bytes=12345,
+)
+"""No field is what it is by default."""
+
+
+@pytest.mark.parametrize("field", fields(Recipe), ids=lambda field: field.name)
+def test_every_field_goes_into_a_file_and_back(field: Field[Any], tmp_path: Path) -> None:
+    """A new option needs a place in recipe files, and a value in EVERY_FIELD."""
+    value = getattr(EVERY_FIELD, field.name)
+    assert field.default is MISSING or value != field.default
+    required = {"adapters": ("a", "b"), "method": "svd", "weights": (1.0, 1.0)}
+    recipe = Recipe(**{**required, field.name: value})
+    path = recipe_file(tmp_path, write_recipe(recipe.to_dict()).decode())
+    assert made_by(read_recipe(path)) == recipe
+    assert set(read_recipe(path).options) <= set(signature(streammerge.merge).parameters)
 
 
 def test_lambda_scales_every_weight(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from streammerge.budget import parse_duration
 from streammerge.catalog import METHODS
 from streammerge.output.staging import MARK_NAME, journal_path, staging_path
 from streammerge.output.writer import RegionWriter
+from streammerge.plans import Sources
+from streammerge.resume import identity
 
 TARGETS = {f"{i}.up": linear(40 + i, 60, 4) for i in range(6)}
 SAME = (WEIGHTS, CONFIG, MARK_NAME)
@@ -283,6 +286,43 @@ def test_a_changed_input_is_refused(sources: list[Path], tmp_path: Path) -> None
     with pytest.raises(errors.ResumeError) as caught:
         streammerge.merge(inputs, out, resume=True)
     assert f"{tmp_path / 'mine' / WEIGHTS} is not the file that it was" in caught.value.changes
+
+
+def test_an_edited_config_is_refused(sources: list[Path], tmp_path: Path) -> None:
+    """It was read when the merge began; what it says of the scaling is another now."""
+    out = tmp_path / "out"
+    inputs = [write_adapter(tmp_path / "mine", TARGETS, seed=9, alpha=4), *sources[1:]]
+    stop(inputs, out)
+    before = kept(out)
+    config = tmp_path / "mine" / CONFIG
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 6}))
+    with pytest.raises(errors.ResumeError, match="what the adapters' configs say"):
+        streammerge.merge(inputs, out, resume=True)
+    assert kept(out) == before
+
+
+def test_another_schedule_is_refused(sources: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stop(sources, out, weights=[[{"filter": "0", "value": 2}, {"value": 1}], 1, 1])
+    before = kept(out)
+    with pytest.raises(errors.ResumeError) as caught:
+        streammerge.merge(
+            sources, out, weights=[[{"filter": "1", "value": 2}, {"value": 1}], 1, 1], resume=True
+        )
+    assert any(change.startswith("weights was ") for change in caught.value.changes)
+    assert kept(out) == before
+
+
+@pytest.mark.parametrize("column", [field.name for field in fields(Sources)])
+def test_what_each_target_is_made_of_is_part_of_the_identity(
+    column: str, sources: list[Path]
+) -> None:
+    """A journal of other weights, densities or scalings is of another run, whatever led there."""
+    plan = streammerge.plan(sources)
+    changed = getattr(plan.sources, column).copy()
+    changed[-1] += 1
+    other = replace(plan, sources=replace(plan.sources, **{column: changed}))
+    assert identity(other, (), {})["courses"] != identity(plan, (), {})["courses"]
 
 
 @pytest.mark.parametrize("what", ["streammerge", "fingerprint", "courses"])
