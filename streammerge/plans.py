@@ -228,6 +228,7 @@ class Plan:
     scratch: str | None = None
     """Directory for tiles that do not fit into memory."""
     extras: tuple[ExtraModule, ...] = ()
+    """Modules of tensors that are not LoRA factors, and what is done with each."""
     notices: tuple[str, ...] = ()
     """What the user should know and what stops nothing."""
 

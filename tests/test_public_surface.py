@@ -28,7 +28,17 @@ PUBLIC = [
     "push",
     "verify",
 ]
-COMMANDS = {"completion", "consolidate", "inspect", "merge", "methods", "plan", "push", "verify"}
+COMMANDS = {
+    "completion",
+    "consolidate",
+    "inspect",
+    "merge",
+    "methods",
+    "plan",
+    "push",
+    "run",
+    "verify",
+}
 LONGEST_HELP_SECONDS = 0.3
 
 INSTALLED = Path(sys.executable).with_name("streammerge")
