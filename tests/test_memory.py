@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,6 +153,25 @@ def test_a_head_keeps_its_projection(policy: str, tmp_path: Path) -> None:
         head_task = measured["tasks"][-1]
         assert head_task["route"] == ("copy" if policy == "first" else "mean")
         assert head_task["peak_bytes"] <= head_task["projected_bytes"] < 20 * MIB, head_task
+
+
+@pytest.mark.parametrize(
+    ("route", "count", "layer", "asked"),
+    [
+        ("core", 4, linear(2048, 2048, 128), {"method": "svd", "compute_dtype": "float64"}),
+        ("krylov", 2, linear(1024, 1024, 128), {"method": "ties_svd", "density": 0.2}),
+    ],
+)
+def test_small_matrices_of_high_ranks_are_counted(
+    route: str, count: int, layer: Layer, asked: dict[str, Any], tmp_path: Path
+) -> None:
+    """Cores and triangles, which are a trifle where ranks are low, and here a quarter of it all."""
+    adapters = make(tmp_path / "in", count, {"up": layer})
+    measured = task_peaks(adapters, max_memory=4096 * MIB, **asked)
+    (task,) = measured["tasks"]
+    assert task["route"] == route
+    assert task["peak_bytes"] <= task["projected_bytes"], task
+    assert task["peak_bytes"] >= 0.4 * task["projected_bytes"], task
 
 
 def test_the_formula_has_the_sizes_that_are_allocated() -> None:

@@ -166,12 +166,14 @@ def _fold(rule: RuleSpec, shape: Shape, holding: Holding) -> int:
 
 
 def _core(shape: Shape) -> int:
-    """The stacked factors and Q of the first QR, then those of the second; the core; the pair."""
+    """The stacked factors and Q of the first QR, then those of the second; the triangles, and the
+    core with its SVD, a copy of it, and LAPACK's room of four times its size; the pair."""
     k = shape.total_rank
     stack_b, stack_a = shape.m * k * shape.item, shape.n * k * shape.item
     largest = max(shape.ranks)
     reading = largest * max(shape.m, shape.n) * (shape.item + shape.stored_item)
-    core = 6 * min(k, shape.m) * min(k, shape.n) * 8
+    high, low = min(k, shape.m), min(k, shape.n)
+    core = ((high + low) * k + 8 * high * low) * DOUBLE
     return stack_a + stack_b + 2 * max(stack_a, stack_b) + max(reading, core) + _pair(shape)
 
 
