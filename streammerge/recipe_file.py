@@ -43,6 +43,8 @@ _OPTIONS: dict[str, tuple[type, ...]] = {
 }
 """Keys that are options of `merge` by the same name, and what they may be."""
 
+_LINE_ENDS = frozenset("\n\r\x85\u2028\u2029")
+
 _NAMES = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
 
 _KEYS = ("merge_method", "models", "parameters", "dtype", "out_dtype", "output", *_OPTIONS)
@@ -114,7 +116,21 @@ def write_recipe(recipe: Mapping[str, Any]) -> bytes:
         value = getattr(found, field)
         if value != getattr(defaults, field):
             fields[option] = value
-    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=10_000).encode()
+    return yaml.dump(
+        fields, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000
+    ).encode()
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts in which YAML would see the end of a line with escapes."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    style = '"' if _LINE_ENDS.intersection(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def _models(recipe: Recipe) -> list[dict[str, Any]]:

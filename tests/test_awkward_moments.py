@@ -359,10 +359,10 @@ def test_out_of_device_memory_in_a_task_that_is_alone(
     def fill(_: int) -> None:
         raise torch.OutOfMemoryError("injected")
 
-    def full(device: torch.device, job: Job, task: Any, each: Any, team: Any) -> Receipt:
+    def full(device: torch.device, *of_task: Any, each: Any, team: Any) -> Receipt:
         if device.type != "cpu":
             list(each(fill, [1]))
-        return run_on(device, job, task, each, team)
+        return run_on(device, *of_task, each=each, team=team)
 
     monkeypatch.setattr(worker_run, "_run_on", full)
     job.device = torch.device("cuda")

@@ -660,6 +660,7 @@ def test_errors_travel() -> None:
         "int | None": 3,
         "float": 0.5,
         "tuple[str, ...]": ("x", "y"),
+        "tuple[str, str]": ("x", "y"),
     }
     kinds = [kind for kind in vars(errors).values() if inspect.isclass(kind)]
     for kind in kinds:

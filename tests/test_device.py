@@ -161,11 +161,11 @@ def test_out_of_device_memory_ends_on_the_cpu(
     tried: list[tuple[str, int]] = []
     run_on: Callable[..., Any] = worker_run._run_on
 
-    def full_device(device: torch.device, job: Job, attempt: Any, each: Any, team: Any) -> Any:
+    def full_device(device: torch.device, job: Job, attempt: Any, *rest: Any, **how: Any) -> Any:
         tried.append((device.type, attempt.resident))
         if device.type != "cpu":
             raise torch.OutOfMemoryError("injected")
-        return run_on(device, job, attempt, each, team)
+        return run_on(device, job, attempt, *rest, **how)
 
     monkeypatch.setattr(worker_run, "_run_on", full_device)
     job.device = torch.device("cuda")

@@ -341,6 +341,14 @@ def test_every_field_goes_into_a_file_and_back(field: Field[Any], tmp_path: Path
     assert set(read_recipe(path).options) <= set(signature(streammerge.merge).parameters)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028", "\u2029", "\ufeff", "\udcff"])
+def test_names_in_which_yaml_sees_the_end_of_a_line(end: str, tmp_path: Path) -> None:
+    """Directories can be called so; what is not UTF-8 in a name is a lone surrogate."""
+    recipe = Recipe(adapters=(f"a{end}ü",), method="svd", weights=(1.0,), include=end)
+    path = recipe_file(tmp_path, write_recipe(recipe.to_dict()).decode())
+    assert made_by(read_recipe(path)) == recipe
+
+
 def test_lambda_scales_every_weight(tmp_path: Path) -> None:
     read = read_recipe(
         recipe_file(

@@ -426,13 +426,13 @@ def test_what_only_other_inputs_can_mend_is_not_kept(sources: list[Path], tmp_pa
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_time_limit(workers: int, tmp_path: Path) -> None:
-    targets = {f"{i}.up": linear(3000, 3000, 8) for i in range(40)}
+    targets = {f"{i}.up": linear(1500, 1500, 8) for i in range(160)}
     sources = [write_adapter(tmp_path / f"{i}", targets, seed=i) for i in range(3)]
     options: dict[str, Any] = {"method": "ties_svd", "density": 0.2, "workers": workers}
     with pytest.raises(errors.StoppedError) as caught:
         streammerge.merge(sources, tmp_path / "out", time_limit=3, **options)
     assert caught.value.exit_code == 75
-    assert 0 < caught.value.done < caught.value.targets == 40
+    assert 0 < caught.value.done < caught.value.targets == 160
     with pytest.raises(errors.StoppedError) as again:
         streammerge.merge(sources, tmp_path / "out", time_limit="2s", resume=True, **options)
     assert again.value.done > caught.value.done

@@ -29,6 +29,7 @@ from streammerge.output.writer import RegionReader, allocate
 from streammerge.planner import make_plan
 from streammerge.readers import read_adapter
 from streammerge.recipe import Recipe
+from streammerge.recipe_file import write_recipe
 
 LAYERS = {
     "model.words": embedding(6, 40, 3),
@@ -86,7 +87,7 @@ def output(source: Directory) -> Directory:
         out.mkdir()
         regions = plan.regions
         (start,) = allocate(out, plan.files, regions, metadata_of(plan))
-        write_config(out, plan)
+        write_config(out, plan, write_recipe(plan.recipe))
         with RegionReader(out, (WEIGHTS,), (start,)) as reader:
             sums = {region.name: reader.checksum(region) for region in regions}
         write_record(out, plan, {"inputs": []}, sums)
