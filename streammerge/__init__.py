@@ -13,14 +13,17 @@ if TYPE_CHECKING:
     from streammerge.adapter import Adapter
     from streammerge.api import MergeResult, consolidate, merge, open_adapter, plan, push, verify
     from streammerge.errors import StreammergeError
+    from streammerge.measuring import Measured, measure
     from streammerge.plans import Plan
 
 _HOME = {
     "Adapter": "streammerge.adapter",
+    "Measured": "streammerge.measuring",
     "MergeResult": "streammerge.api",
     "Plan": "streammerge.plans",
     "StreammergeError": "streammerge.errors",
     "consolidate": "streammerge.api",
+    "measure": "streammerge.measuring",
     "merge": "streammerge.api",
     "open_adapter": "streammerge.api",
     "plan": "streammerge.api",
@@ -30,10 +33,12 @@ _HOME = {
 
 __all__ = [
     "Adapter",
+    "Measured",
     "MergeResult",
     "Plan",
     "StreammergeError",
     "consolidate",
+    "measure",
     "merge",
     "open_adapter",
     "plan",

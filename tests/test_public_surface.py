@@ -18,10 +18,12 @@ from streammerge import errors
 
 PUBLIC = [
     "Adapter",
+    "Measured",
     "MergeResult",
     "Plan",
     "StreammergeError",
     "consolidate",
+    "measure",
     "merge",
     "open_adapter",
     "plan",

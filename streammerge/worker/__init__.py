@@ -14,6 +14,7 @@ from streammerge.worker.lanes import Lanes
 from streammerge.worker.member import Errand, Member, packed, unpacked
 from streammerge.worker.receipt import Certificate, Receipt
 from streammerge.worker.run import run_task
+from streammerge.worker.spectra import Spectrum, spectra_of
 from streammerge.worker.work import Part
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Member",
     "Part",
     "Receipt",
+    "Spectrum",
     "TaskStoppedError",
     "find_device",
     "fingerprint",
@@ -32,6 +34,7 @@ __all__ = [
     "one_thread_each",
     "packed",
     "run_task",
+    "spectra_of",
     "unpacked",
     "warm_up",
 ]

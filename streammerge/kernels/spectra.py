@@ -1,0 +1,54 @@
+"""Singular values of a product of factors, in float64, without the product.
+
+B = Q_B·R_B and Aᵀ = Q_A·R_A give B·A the singular values of the small core R_B·R_Aᵀ (Golub and
+Van Loan, Matrix Computations, 5.4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+NULL = 1e-6
+"""Singular values below this share of the largest count as zero: factors are float32 or coarser."""
+
+
+def triangle(blocks: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return R of the QR of a tall matrix that comes in blocks of rows; at most r × r.
+
+    Args:
+        blocks: float64, all of one width r; only one is held at a time.
+    """
+    result: torch.Tensor | None = None
+    for block in blocks:
+        stacked = block if result is None else torch.cat([result, block])
+        result = torch.linalg.qr(stacked, mode="r").R
+    assert result is not None, "a factor has rows"
+    return result
+
+
+def count_nonzero(s: torch.Tensor) -> int:
+    """Return how many of these singular values, in descending order, are not zero."""
+    return int((s > NULL * s[:1]).sum())
+
+
+def effective_rank(s: torch.Tensor) -> float:
+    """Return exp of the entropy of the shares p = σ²/Σσ²; 0 where all are zero.
+
+    Roy and Vetterli (The effective rank, EUSIPCO 2007) take the shares of σ; of σ², which are the
+    shares of ‖Δ‖²_F, it says over how many directions the energy is spread.
+    """
+    energy = s.square()
+    total = float(energy.sum())
+    if not total:
+        return 0.0
+    return math.exp(float(torch.special.entr(energy / total).sum()))
+
+
+def stable_rank(s: torch.Tensor) -> float:
+    """Return ‖Δ‖²_F/‖Δ‖²_2 (Rudelson and Vershynin, J. ACM 54, 2007); 0 where all are zero."""
+    energy = s.square()
+    largest = float(energy.max())
+    return float(energy.sum()) / largest if largest else 0.0
