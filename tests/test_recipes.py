@@ -311,6 +311,7 @@ EVERY_FIELD = Recipe(
     normalize=True,
     space="delta",
     density=0.5,
+    gamma=0.2,
     rank=3,
     majority_sign="frequency",
     clamp=0.9,
