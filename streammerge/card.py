@@ -20,7 +20,7 @@ import xxhash
 import yaml
 
 from streammerge.errors import printable
-from streammerge.public import adapter_names, is_model_id, last_part
+from streammerge.public import adapter_names, is_model_id, last_part, pinned_names, public_recipe
 
 CARD_NAME = "README.md"
 
@@ -55,6 +55,8 @@ def render_card(record: Mapping[str, Any], config: Mapping[str, Any] | None, rep
         repo: the id under which it will be found, a checked one.
     """
     bases = _bases(record, config)
+    if "recipe" in record:
+        record = {**record, "recipe": public_recipe(record["recipe"])}
     sections = [
         _front_matter(record, bases),
         f"# {repo.rsplit('/', 1)[-1]}\n\n{_introduction(record)}",
@@ -85,6 +87,7 @@ def _digest(text: str) -> str:
 def _bases(record: Mapping[str, Any], config: Mapping[str, Any] | None) -> list[str]:
     """Return every base model that is named, each once, the output's own first."""
     named = [(config or {}).get("base_model_name_or_path")]
+    named += [record.get("recipe", {}).get("base_model")]
     named += [entry.get("base_model") for entry in record.get("inputs", ())]
     return list(dict.fromkeys(name for name in named if isinstance(name, str) and name))
 
@@ -216,7 +219,11 @@ def _again(record: Mapping[str, Any]) -> str:
     names = adapter_names(record)
     if len(names) > SHOWN_ADAPTERS:
         return "The recipe is in `streammerge.json`, with all of its adapters and weights."
-    words = ["streammerge", "merge", *map(_word, _pinned(record, names)), "-o", "OUT"]
+    if not _fits_a_line(recipe):
+        return "With `streammerge_config.yml`, which lies beside this card:\n\n" + block(
+            "sh", "streammerge run streammerge_config.yml -o OUT"
+        )
+    words = ["streammerge", "merge", *map(_word, pinned_names(record)), "-o", "OUT"]
     words += ["--method", _word(recipe["method"])]
     words.append("--weights=" + ",".join(_word(weight) for weight in recipe["weights"]))
     for name, value in recipe.items():
@@ -230,13 +237,10 @@ def _again(record: Mapping[str, Any]) -> str:
     )
 
 
-def _pinned(record: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Return the adapters' names; those of the Hub with the commits that they had."""
-    inputs = record.get("inputs") or [{}] * len(names)
-    return [
-        f"{name}@{entry['commit']}" if entry.get("commit") and "@" not in name else name
-        for name, entry in zip(names, inputs, strict=True)
-    ]
+def _fits_a_line(recipe: Mapping[str, Any]) -> bool:
+    """Whether options say it all: weights and densities that differ by target do not fit there."""
+    density = recipe.get("density")
+    return not any(isinstance(value, list) for value in (*recipe["weights"], density))
 
 
 def _word(value: object) -> str:

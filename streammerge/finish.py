@@ -99,7 +99,7 @@ def finish(
         check()
         sync_file(directory / file.name)
     tensors = _read_back(planned, directory, starts, receipts, check)
-    write_config(directory, planned, write_recipe(planned.recipe))
+    write_config(directory, planned, write_recipe(_pinned(planned.recipe, manifests)))
     facts = {
         "streammerge": VERSION,
         "fingerprint": fingerprint,
@@ -140,6 +140,17 @@ def _read_back(
     if problems:
         raise VerificationError(path=str(directory), problems=tuple(problems))
     return {region.name: checksum for region, checksum in zip(regions, checksums, strict=True)}
+
+
+def _pinned(recipe: dict[str, Any], manifests: Sequence[Adapter]) -> dict[str, Any]:
+    """Return a recipe that makes the same again: what is on the Hub by the commit that it had."""
+    adapters = [
+        adapter.path
+        if adapter.origin is None
+        else f"{adapter.path.partition('@')[0]}@{adapter.origin.commit}"
+        for adapter in manifests
+    ]
+    return {**recipe, "adapters": adapters}
 
 
 def _input(manifest: Adapter, read: tuple[int, str]) -> dict[str, Any]:

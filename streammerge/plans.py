@@ -235,7 +235,7 @@ class Plan:
     @property
     def usual_rank(self) -> int:
         """The rank that most targets of the output have, the larger one of equals."""
-        counts = Counter(task.rank for task in self.tasks)
+        counts = Counter(task.rank for task in self.targets)
         return max(counts, key=lambda rank: (counts[rank], rank))
 
     @property

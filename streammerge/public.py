@@ -42,12 +42,37 @@ def adapter_names(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def pinned_names(record: Mapping[str, Any]) -> list[str]:
+    """Return the adapters' names; those of the Hub with the commits that they had."""
+    names = adapter_names(record)
+    inputs = record.get("inputs") or [{}] * len(names)
+    return [
+        f"{name.partition('@')[0]}@{entry['commit']}" if entry.get("commit") else name
+        for name, entry in zip(names, inputs, strict=True)
+    ]
+
+
+def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe, of a record or of a file, without places on a machine.
+
+    A base model that lies at one is left out: its name alone would mean another on the Hub.
+    """
+    kept = {
+        name: value
+        for name, value in recipe.items()
+        if not (name == "base_model" and isinstance(value, str) and is_place(value))
+    }
+    shown: dict[str, Any] = public_values(kept)
+    return shown
+
+
 def public_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record without places on a machine; nothing else of it is changed."""
     shown: dict[str, Any] = public_values(record)
     if "recipe" not in record:
         return shown
     names = adapter_names(record)
+    shown["recipe"] = public_recipe(record["recipe"])
     shown["recipe"]["adapters"] = names
     for entry, name in zip(shown.get("inputs", ()), names, strict=False):
         entry["path"] = name

@@ -28,7 +28,13 @@ from streammerge.output.record import (
     render_record,
 )
 from streammerge.output.staging import MARK_NAME, OWN_FILES
-from streammerge.public import is_place, public_config, public_record, public_values
+from streammerge.public import (
+    is_place,
+    pinned_names,
+    public_config,
+    public_recipe,
+    public_record,
+)
 
 MAX_TEXT_BYTES = 2**24
 """Of a config, a recipe, or a card."""
@@ -92,7 +98,7 @@ def _others(output: Path, record: Mapping[str, Any]) -> tuple[dict[str, bytes | 
             found[name], more = _public_config(output)
             notices += more
         elif name == RECIPE_NAME:
-            found[name] = _public_recipe(output)
+            found[name] = _public_recipe(output, record)
         elif name == INDEX_NAME:
             found[name] = output / name
         elif name != CARD_NAME:
@@ -115,12 +121,15 @@ def _public_config(output: Path) -> tuple[bytes | Path, list[str]]:
     return render_json(public_config(config)), [notice]
 
 
-def _public_recipe(output: Path) -> bytes:
+def _public_recipe(output: Path, record: Mapping[str, Any]) -> bytes:
     """Return the recipe file without places; its comments, where it had some, stay here."""
     try:
-        recipe = yaml.safe_load(read_whole(output / RECIPE_NAME, MAX_TEXT_BYTES))
-        return yaml.safe_dump(public_values(recipe), sort_keys=False, allow_unicode=True).encode()
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        recipe = public_recipe(yaml.safe_load(read_whole(output / RECIPE_NAME, MAX_TEXT_BYTES)))
+        models = recipe.get("models") if isinstance(recipe, dict) else None
+        for model, name in zip(models or (), pinned_names(record), strict=False):
+            model["model"] = name
+        return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode()
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise CorruptFileError(
             f"cannot be read ({shorten(str(error))})", path=str(output / RECIPE_NAME)
         ) from error

@@ -6,6 +6,7 @@ What of it is uploaded: `publication`.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -31,13 +32,9 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo
 
-_ADAPTER_FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    INDEX_NAME,
-)
-"""Where a repository has one of these, it holds an adapter."""
+_ADAPTER_FILES = ("adapter_config.json", INDEX_NAME)
+_WEIGHTS = re.compile(r"[^/]+\.(safetensors|bin|pt|pth|ckpt)")
+"""Where a repository has one of these, it holds an adapter or another model."""
 
 
 _LEFT_ALONE = (
@@ -175,7 +172,7 @@ def _check_repository(
             repo=repo,
             output=str(output),
         )
-    held = [name for name in _ADAPTER_FILES if name in there]
+    held = [name for name in there if name in _ADAPTER_FILES or _WEIGHTS.fullmatch(name)]
     if held and MARK_NAME not in there and not overwrite:
         raise PushError(
             f"holds an adapter that is not streammerge's ({held[0]}); choose another name, or "

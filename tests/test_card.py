@@ -229,7 +229,7 @@ def test_adapters_of_the_hub_are_named_by_id_and_commit() -> None:
     }
     card = render_card(record, None, "a/b")
     assert "1. `u/a`: weight `1.0`, commit `12ab`\n2. `hf://u/b@v1`: weight `1.0`, commit" in card
-    assert "streammerge merge u/a@12ab hf://u/b@v1 c d -o OUT" in card
+    assert "streammerge merge u/a@12ab hf://u/b@34cd c d -o OUT" in card
 
 
 def test_many_adapters_are_not_all_listed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -12,8 +13,9 @@ from safetensors import safe_open
 
 import streammerge
 from dialects import METADATA, UNET, deltas, diffusers, kohya, pairs, write_file
-from making import linear, write_adapter
-from streammerge import errors
+from making import PREFIX, encode, linear, write_adapter
+from streammerge import errors, events
+from streammerge.errors import RecipeError
 from streammerge.recipe import Recipe
 
 IMAGE = "pytorch_lora_weights.safetensors"
@@ -147,3 +149,29 @@ def test_formats_that_do_not_go(merged: Path, tmp_path: Path) -> None:
     assert sharded.value.option == "max_shard_size"
     with pytest.raises(errors.RecipeError, match="one of auto, peft, diffusers"):
         Recipe(adapters=("a",), weights=(1.0,), method="cat", format="kohya")
+
+
+def test_a_head_does_not_go_into_a_file_for_diffusers(tmp_path: Path) -> None:
+    path = write_adapter(
+        tmp_path / "in",
+        {"unet.mid.to_q": linear(8, 8, 2)},
+        extra={f"{PREFIX}unet.head.weight": encode(np.ones((2, 2), np.float32))},
+        modules_to_save=["head"],
+    )
+    options = {"format": "diffusers", "method": "cat", "on_event": events.ignore}
+    with pytest.raises(RecipeError, match=r"holds LoRA factors alone, and .*head\.weight is none"):
+        streammerge.plan([path], format="diffusers", method="cat", extras="first")
+    streammerge.merge([path], tmp_path / "out", extras="drop", **options)
+    assert streammerge.verify(tmp_path / "out").targets == 1
+
+
+def test_the_usual_rank_is_that_of_targets(tmp_path: Path) -> None:
+    """However many heads there are beside one target."""
+    head = encode(np.ones((2, 2), np.float32))
+    path = write_adapter(
+        tmp_path / "in",
+        {"q": linear(8, 8, 2)},
+        extra={f"{PREFIX}head.{i}.weight": head for i in range(3)},
+        modules_to_save=["head"],
+    )
+    assert streammerge.plan([path], extras="first").usual_rank == 2

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from huggingface_hub import constants
 
@@ -21,8 +22,10 @@ from hub_server import CDN, HUB, HubServer
 from making import (
     CONFIG,
     INDEX,
+    PREFIX,
     WEIGHTS,
     contents,
+    encode,
     frame,
     linear,
     make_config,
@@ -43,7 +46,9 @@ from streammerge.errors import (
     StoppedError,
 )
 from streammerge.hub import find_id, parse_id, ranges
+from streammerge.output.record import RECIPE_NAME
 from streammerge.readers.remote import FIRST_BYTES
+from streammerge.recipe_file import read_recipe
 
 LAYERS = {f"layer.{i}.{name}": linear(96, 64, 8) for i in range(3) for name in ("q", "v")}
 IDS = ["ann/one", "ann/two"]
@@ -299,6 +304,15 @@ class TestDownloads:
         assert inputs[0]["commit"] == hub.repositories["ann/one"].refs["main"]
         assert "commit" not in inputs[1]
 
+    def test_the_recipe_of_an_output_means_the_same_commit(
+        self, hub: HubServer, adapters: list[Path], tmp_path: Path
+    ) -> None:
+        expected = merged([IDS[0], adapters[1]], tmp_path / "out", stream=True)
+        hub.add("ann/one", adapters[1])
+        recipe = read_recipe(tmp_path / "out" / RECIPE_NAME)
+        assert recipe.adapters[0].startswith("ann/one@")
+        assert merged([*recipe.adapters], tmp_path / "again", stream=True) == expected
+
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -420,6 +434,21 @@ class TestStream:
         streammerge.plan(ids, max_memory=limit, **options)
         with pytest.raises(BudgetError, match="without --stream"):
             streammerge.plan(ids, max_memory=limit, stream=True, **options)
+
+    @pytest.mark.parametrize("policy", ["first", "mean"])
+    def test_heads(self, policy: str, hub: HubServer, tmp_path: Path) -> None:
+        """Fewer targets than tensors of heads."""
+        paths = []
+        for i in range(2):
+            values = np.full((3, 64), float(i), np.float32)
+            head = {f"{PREFIX}head.{side}": encode(values) for side in ("weight", "bias")}
+            layers = {"layer": linear(48, 64, 4)}
+            extra = {"extra": head, "modules_to_save": ["head"]}
+            paths.append(write_adapter(tmp_path / f"h{i}", layers, seed=i, **extra))
+            hub.add(f"bob/h{i}", paths[-1])
+        ids = ["bob/h0", "bob/h1"]
+        streamed = merged(ids, tmp_path / "streamed", stream=True, extras=policy)
+        assert streamed == merged(paths, tmp_path / "local", extras=policy)
 
     def test_local_and_remote_ones_together(self, adapters: list[Path], tmp_path: Path) -> None:
         mixed = merged([adapters[0], IDS[1]], tmp_path / "mixed", stream=True, workers=2)

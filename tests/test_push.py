@@ -20,6 +20,7 @@ from hub_here import hub_here
 from hub_server import HUB, Fault
 from hub_uploads import TOKEN, Hub
 from making import CONFIG, INDEX, WEIGHTS, contents, linear, write_adapter
+from streammerge import events
 from streammerge.answers import explain
 from streammerge.card import CARD_NAME, is_own_card
 from streammerge.cli import main
@@ -200,6 +201,29 @@ def test_somebody_elses_adapter_is_not_replaced(made: Path, hub: Hub) -> None:
     assert hub.files(REPO)[WEIGHTS] == b"precious"
     streammerge.push(made / "one", REPO, overwrite=True)
     assert hub.files(REPO)[WEIGHTS] == (made / "one" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "adapters.safetensors"])
+def test_weights_of_other_formats_are_not_replaced(name: str, made: Path, hub: Hub) -> None:
+    hub.add(REPO, {name: b"precious"})
+    with pytest.raises(PushError, match="holds an adapter that is not streammerge's"):
+        streammerge.push(made / "one", REPO)
+    assert hub.files(REPO)[name] == b"precious"
+
+
+def test_no_place_is_published(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths relative to the working directory, and a base model on a disk."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("clients/acme/A", "clients/acme/B"):
+        write_adapter(Path(name), TARGETS)
+    options = {"base_model": "/home/me/secret/base", "weights": [[1.0, 2.0], 1.0]}
+    adapters = ["clients/acme/A", "clients/acme/B"]
+    streammerge.merge(adapters, "out", **options, on_event=events.ignore)
+    streammerge.push("out", REPO)
+    for name, content in hub.files(REPO).items():
+        for secret in (b"acme", b"secret", b"home"):
+            assert secret not in content, name
+    assert b"streammerge run streammerge_config.yml" in hub.files(REPO)[CARD_NAME]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -40,6 +40,20 @@ def output_format(adapters: Sequence[Adapter], recipe: Recipe, targets: Sequence
     return DIFFUSERS
 
 
+def check_image_extras(chosen: str, tensors: Sequence[str]) -> None:
+    """Check that an output for diffusers holds LoRA factors alone, as its loader demands.
+
+    Raises:
+        RecipeError: it would hold others.
+    """
+    if chosen == DIFFUSERS and tensors:
+        raise RecipeError(
+            f"format diffusers holds LoRA factors alone, and {tensors[0]} is none; leave it out "
+            "with --extras drop, or choose --format peft",
+            option="extras",
+        )
+
+
 def _format_of(adapters: Sequence[Adapter]) -> str:
     images = [a.path for a in adapters if a.dialect in IMAGE_DIALECTS]
     others = [a.path for a in adapters if a.dialect not in IMAGE_DIALECTS]

@@ -24,7 +24,7 @@ from streammerge.planner.checks import check_bases, check_range, check_shares, p
 from streammerge.planner.extra_terms import Terms
 from streammerge.planner.extras import check_extras, extra_drafts, plan_extras
 from streammerge.planner.fit import fit, plan_task
-from streammerge.planner.formats import image_config, output_format
+from streammerge.planner.formats import check_image_extras, image_config, output_format
 from streammerge.planner.hold import Draft
 from streammerge.planner.layout import Pair, lay_out
 from streammerge.planner.output_config import output_config
@@ -83,6 +83,7 @@ def make_plan(
     targets = {pair.target: (pair.kind, pair.m) for pair in pairs}
     weight = weights_by_name(alignment, sources, recipe)
     extra = plan_extras(adapters, Terms(recipe, rule, space, stored, targets, scaling, weight))
+    check_image_extras(chosen, [one.tensor.name for one in extra.tensors])
     drafts += extra_drafts(adapters, extra.tensors, len(alignment.row), recipe.compute_dtype)
     units = [*(pair.tensors(chosen) for pair in pairs), *((one.tensor,) for one in extra.tensors)]
     files, regions = lay_out(units, recipe.max_shard_bytes, chosen)

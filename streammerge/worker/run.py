@@ -49,7 +49,8 @@ def run_task(job: Job, task: Task, each: Each = map, team: Team | None = None) -
     # The number of threads belongs to the calling thread; executors call from their own.
     if torch.get_num_threads() != 1:
         torch.set_num_threads(1)
-    window = task_window(job, task)
+    # An extra tensor is read once, so it is not held, and its rows are not those of factors.
+    window = job.window if task.is_extra else task_window(job, task)
     for device, attempt in _attempts(job.device, task):
         try:
             if task.is_extra:
