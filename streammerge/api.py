@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge import events, pushing
 from streammerge.adapter import Adapter, NameTable
-from streammerge.budget import CPU, format_size, parse_duration
+from streammerge.budget import CPU, format_size, parse_duration, peak_bytes
 from streammerge.consolidation import consolidate
 from streammerge.errors import PublishedError, StoppedError, printable
 from streammerge.notebook import card
@@ -365,7 +365,8 @@ def merge(
             )
             seconds = time.perf_counter() - began
             timings = {receipt.target: receipt.seconds for receipt in receipts}
-            write_timings(staging.path, timings, seconds)
+            peak = peak_bytes() if cluster is None else None
+            write_timings(staging.path, planned, timings, seconds, peak)
             staging.publish()
     tell(events.Published(os.fspath(output), planned.write_bytes))
     late = [

@@ -188,6 +188,12 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def peak_bytes() -> int:
+    """Return the most that this process has held in memory so far (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
 def granted_by_machine(
     root: Path = Path("/"), environ: Mapping[str, str] | None = None
 ) -> list[Grant]:

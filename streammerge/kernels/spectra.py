@@ -1,4 +1,4 @@
-"""Singular values of a product of factors, in float64, without the product.
+"""Singular values and vectors of a product of factors, in float64, without the product.
 
 B = Q_B·R_B and Aᵀ = Q_A·R_A give B·A the singular values of the small core R_B·R_Aᵀ (Golub and
 Van Loan, Matrix Computations, 5.4).
@@ -8,11 +8,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
 NULL = 1e-6
 """Singular values below this share of the largest count as zero: factors are float32 or coarser."""
+
+
+@dataclass(frozen=True)
+class Triples:
+    """B·A = U·diag(s)·Vᵀ, without the triples that count as zero."""
+
+    u: torch.Tensor
+    """m × k, orthonormal columns."""
+    s: torch.Tensor
+    """k, descending."""
+    v: torch.Tensor
+    """n × k, orthonormal columns."""
+
+
+def triples(b: torch.Tensor, a: torch.Tensor) -> Triples:
+    """Return the singular triples of B·A.
+
+    Args:
+        b: m × r, float64.
+        a: r × n, float64.
+    """
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.mT)
+    u, s, vt = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    kept = count_nonzero(s)
+    return Triples(q_b @ u[:, :kept], s[:kept], q_a @ vt[:kept].mT)
 
 
 def triangle(blocks: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -117,11 +117,35 @@ def render_record(record: Mapping[str, Any]) -> bytes:
     return _sealed(render_json(fields))
 
 
-def write_timings(directory: Path, seconds: Mapping[str, float], total: float) -> None:
-    """Write how long the run and each target took; this file differs from run to run."""
-    write_file(
-        directory / TIMINGS_NAME, render_json({"total_seconds": total, "target_seconds": seconds})
-    )
+def write_timings(
+    directory: Path, plan: Plan, seconds: Mapping[str, float], total: float, peak: int | None
+) -> None:
+    """Write how long the run took and what it held; this file differs from run to run.
+
+    Args:
+        directory: of the output.
+        plan: of the run, for what was projected.
+        seconds: of each target.
+        total: of the run.
+        peak: the most that the process has held, before the run too; None where others did it.
+    """
+    memory = {
+        "allowed_bytes": plan.allowed_bytes,
+        "reserved_bytes": plan.reserved_bytes,
+        "projected_bytes": plan.projected_bytes,
+        "peak_bytes": peak,
+    }
+    timings = {"total_seconds": total, "memory": memory, "target_seconds": seconds}
+    write_file(directory / TIMINGS_NAME, render_json(timings))
+
+
+def read_timings(directory: Path) -> dict[str, Any] | None:
+    """Read the file of timings; None where there is none, or what there is is not one."""
+    try:
+        timings = json.loads(read_whole(directory / TIMINGS_NAME, MAX_RECORD_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return timings if isinstance(timings, dict) else None
 
 
 def check_record(directory: Path) -> list[str]:

@@ -319,9 +319,15 @@ class TargetSources:
     def checksums(self, target: str) -> tuple[str, ...]:
         """Return a checksum of each source's target, scaling, A and B."""
         return tuple(
-            xxhash.xxh3_128_hexdigest(f"{target} {s!r} {a.checksum()} {b.checksum()}".encode())
+            source_checksum(target, s, a, b)
             for s, a, b in zip(self.scalings, self.a, self.b, strict=True)
         )
+
+
+def source_checksum(target: str, scaling: float, a: FactorReader, b: FactorReader) -> str:
+    """Return one checksum of a source's target, scaling, A and B."""
+    text = f"{target} {scaling!r} {a.checksum()} {b.checksum()}"
+    return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def task_window(job: Job, task: Task) -> Window:
