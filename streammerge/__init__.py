@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from streammerge.errors import StreammergeError
     from streammerge.measuring import Measured, measure
     from streammerge.plans import Plan
+    from streammerge.reporting import Report, report
 
 _HOME = {
     "Adapter": "streammerge.adapter",
     "Measured": "streammerge.measuring",
     "MergeResult": "streammerge.api",
     "Plan": "streammerge.plans",
+    "Report": "streammerge.reporting",
     "StreammergeError": "streammerge.errors",
     "consolidate": "streammerge.api",
     "measure": "streammerge.measuring",
@@ -28,6 +30,7 @@ _HOME = {
     "open_adapter": "streammerge.api",
     "plan": "streammerge.api",
     "push": "streammerge.api",
+    "report": "streammerge.reporting",
     "verify": "streammerge.api",
 }
 
@@ -36,6 +39,7 @@ __all__ = [
     "Measured",
     "MergeResult",
     "Plan",
+    "Report",
     "StreammergeError",
     "consolidate",
     "measure",
@@ -43,6 +47,7 @@ __all__ = [
     "open_adapter",
     "plan",
     "push",
+    "report",
     "verify",
 ]
 

@@ -27,7 +27,7 @@ LAYERS = (
     {"finish"},
     {"run", "verification", "preparation", "consolidation", "publication", "answers"},
     {"pushing"},
-    {"measuring"},
+    {"measuring", "reporting"},
     {"api"},
     {"cli"},
 )
@@ -35,7 +35,7 @@ HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 
 INIT = "__init__"
 # What is public: the calls, the errors, and the two types that the calls return.
-INIT_MAY_IMPORT = {"api", "measuring", "errors", "adapter", "plans"}
+INIT_MAY_IMPORT = {"api", "measuring", "reporting", "errors", "adapter", "plans"}
 STANDARD_LIBRARY_ONLY = {"errors", "budget", "notebook", "tiling", "regular", "files", "schedule"}
 # Reading headers, planning and showing help are pure arithmetic and text.
 WITHOUT_TORCH = {INIT, "cli", "readers", "output", "consolidation", "publication", "pushing"}.union(

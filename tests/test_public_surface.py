@@ -21,6 +21,7 @@ PUBLIC = [
     "Measured",
     "MergeResult",
     "Plan",
+    "Report",
     "StreammergeError",
     "consolidate",
     "measure",
@@ -28,6 +29,7 @@ PUBLIC = [
     "open_adapter",
     "plan",
     "push",
+    "report",
     "verify",
 ]
 COMMANDS = {
@@ -38,6 +40,7 @@ COMMANDS = {
     "methods",
     "plan",
     "push",
+    "report",
     "run",
     "verify",
 }

@@ -12,6 +12,7 @@ from streammerge.cli.methods import methods
 from streammerge.cli.plan import plan
 from streammerge.cli.program import Program
 from streammerge.cli.push import push
+from streammerge.cli.report import report
 from streammerge.cli.run import run
 from streammerge.cli.verify import verify
 
@@ -38,5 +39,5 @@ def main() -> None:
     """Merge LoRA adapters: files in, one adapter out, no base model, bounded memory."""
 
 
-for command in (merge, run, plan, inspect, verify, methods, consolidate, push, completion):
+for command in (merge, run, plan, inspect, verify, report, methods, consolidate, push, completion):
     main.add_command(command)

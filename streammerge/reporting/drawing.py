@@ -66,11 +66,7 @@ def heatmap(
     left = 8 + GLYPH * max((len(short(row)) for row in rows), default=0) if labelled else 2.0
     top = 20.0
     down, across = values.shape
-    parts = [
-        f'<svg role="img" aria-label="{safe(described)}" '
-        f'viewBox="0 0 {left + across * width + 2:.0f} {top + down * height + 2:.0f}" '
-        f'width="{left + across * width + 2:.0f}" height="{top + down * height + 2:.0f}">'
-    ]
+    parts = [_open(described, left + across * width + 2, top + down * height + 2)]
     parts += _column_labels(columns, left, width)
     if labelled:
         parts += [
@@ -94,6 +90,13 @@ def heatmap(
             if np.isfinite(value)
         ]
     return "".join([*parts, "</svg>"])
+
+
+def _open(described: str, width: float, height: float) -> str:
+    return (
+        f'<svg role="img" aria-label="{safe(described)}" viewBox="0 0 {width:.0f} {height:.0f}" '
+        f'width="{width:.0f}" height="{height:.0f}">'
+    )
 
 
 def _column_labels(columns: Sequence[str], left: float, width: float) -> list[str]:
@@ -194,11 +197,7 @@ def bars(rows: Sequence[tuple[str, float, str, str]], highest: float) -> str:
     """
     left = 8 + GLYPH * max(len(short(label)) for label, *_ in rows)
     height, room = 24, 420
-    parts = [
-        f'<svg role="img" aria-label="bars" viewBox="0 0 {left + room + 90:.0f} '
-        f'{len(rows) * height + 4}" width="{left + room + 90:.0f}" '
-        f'height="{len(rows) * height + 4}">'
-    ]
+    parts = [_open("bars", left + room + 90, len(rows) * height + 4)]
     for place, (label, value, text, name) in enumerate(rows):
         y = place * height
         length = max(1.0, room * value / highest) if highest else 1.0

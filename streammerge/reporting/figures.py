@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from streammerge.public import last_part
 from streammerge.reporting.colours import COSINE, HALF, SHARE, Scale
 from streammerge.reporting.drawing import Values
 from streammerge.reporting.gather import Material
-from streammerge.reporting.grid import Grid, make_grid
+from streammerge.reporting.grid import make_grid
 from streammerge.reporting.order import clustered
 
 MAX_SIDE = 240
@@ -38,7 +39,7 @@ class Figure:
 
 
 def labels(material: Material) -> list[str]:
-    """Return what each adapter of the merge is called: its number, and the last part of its path."""
+    """Return what each adapter is called: its number, and the last part of its path."""
     return [
         f"{position + 1} {last_part(str(entry['path']))}"
         for position, entry in enumerate(material.record["inputs"])
@@ -81,8 +82,8 @@ _OVERLAP = ("apart", "", "the same")
 
 _COSINE = (
     "⟨Δᵢ, Δⱼ⟩ / (‖Δᵢ‖·‖Δⱼ‖) over all compared targets as one vector, in the order of a clustering: "
-    "blocks beside the diagonal are families. It does not say whether two adapters do the same task: "
-    "deltas that are unrelated as vectors may do so, and large targets count most."
+    "blocks beside the diagonal are families. It does not say whether two adapters do the same "
+    "task: deltas that are unrelated as vectors may do so, and targets of large norm count most."
 )
 _SIGNS = (
     "Of sampled elements that are zero in neither, the share whose signs differ. Half is what two "
@@ -90,8 +91,8 @@ _SIGNS = (
 )
 _COLUMNS = (
     "The mean squared cosine of the principal angles between the column spaces of Δᵢ and Δⱼ (what "
-    "they write to), averaged over targets. Two random spaces have about max(rᵢ, rⱼ)/m. It does not "
-    "say whether they write the same there."
+    "they write to), averaged over targets. Two random spaces have about max(rᵢ, rⱼ)/m. It does "
+    "not say whether they write the same there."
 )
 _ROWS = (
     "The same of the row spaces (what they read from). Two random spaces have about max(rᵢ, rⱼ)/n."
@@ -126,42 +127,38 @@ def by_module(material: Material) -> list[Figure]:
     grid = make_grid(list(modules))
     kept = {target: facts.get("kept_energy") for target, facts in modules.items()}
     error = {target: facts.get("relative_error") for target, facts in modules.items()}
-    figures = []
+    shown = []
     if any(value is not None for value in kept.values()):
-        figures.append(
-            _on_grid(grid, "kept", "Energy kept", kept, SHARE, ("none", "", "all"), _KEPT)
+        shown += [
+            ("kept", "Energy kept", kept, SHARE, _ALL, _KEPT),
+            ("error", "Relative error", error, SHARE, _ALL, _ERROR),
+        ]
+    for name, title, field, scale, words, reading in (
+        ("agreement", "Agreement", "cosine", COSINE, _COSINE_WORDS, _AGREEMENT),
+        ("merged", "Cosine with the merge", "with_merged", COSINE, _COSINE_WORDS, _MERGED),
+        ("minority", "Mass in the minority", "minority", HALF, ("none", "", "half"), _MINORITY),
+    ):
+        found = material.agreement.targets if material.agreement else ()
+        values = {target.target: getattr(target, field) for target in found}
+        if any(map(math.isfinite, values.values())):
+            shown.append((name, title, values, scale, words, reading))
+    return [
+        Figure(
+            name,
+            title,
+            grid.mean(values),
+            scale,
+            grid.kinds,
+            grid.columns,
+            words,
+            reading,
+            square=False,
         )
-        figures.append(
-            _on_grid(grid, "error", "Relative error", error, SHARE, ("none", "", "all"), _ERROR)
-        )
-    if material.agreement is None:
-        return figures
-    found = material.agreement.targets
-    return figures + [
-        _on_grid(
-            grid, name, title, {t.target: getattr(t, field) for t in found}, scale, words, reading
-        )
-        for name, title, field, scale, words, reading in (
-            ("agreement", "Agreement", "cosine", COSINE, _COSINE_WORDS, _AGREEMENT),
-            ("merged", "Cosine with the merge", "with_merged", COSINE, _COSINE_WORDS, _MERGED),
-            ("minority", "Mass in the minority", "minority", HALF, ("none", "", "half"), _MINORITY),
-        )
-        if any(np.isfinite(getattr(t, field)) for t in found)
+        for name, title, values, scale, words, reading in shown
     ]
 
 
-def _on_grid(
-    grid: Grid,
-    name: str,
-    title: str,
-    values: Mapping[str, float | None],
-    scale: Scale,
-    words: tuple[str, str, str],
-    reading: str,
-) -> Figure:
-    mean = grid.mean(values)
-    return Figure(name, title, mean, scale, grid.kinds, grid.columns, words, reading, square=False)
-
+_ALL = ("none", "", "all")
 
 _KEPT = (
     "The share of ‖M‖²_F of the merged matrix that the written pair of rank R keeps; the mean where "

@@ -12,7 +12,7 @@ from streammerge.reporting.drawing import short
 from streammerge.reporting.figures import Figure
 
 if TYPE_CHECKING:
-    from matplotlib.colors import ListedColormap
+    from matplotlib.colors import Colormap
 
 DPI = 160
 MAX_LABELS = 40
@@ -74,7 +74,7 @@ def _plot(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _colours(scale: Scale) -> ListedColormap:
+def _colours(scale: Scale) -> Colormap:
     from matplotlib.colors import ListedColormap  # noqa: PLC0415
 
     return ListedColormap(scale.colours(dark=False), name=scale.name).with_extremes(bad="#ffffff00")
