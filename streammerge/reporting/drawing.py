@@ -79,8 +79,15 @@ def heatmap(
         f'<rect class="frame" x="{left}" y="{top}" width="{across * width}" '
         f'height="{down * height}"/>'
     )
-    draw = _told_cells if down * across <= MAX_TOLD else _path_cells
-    parts += draw(values, scale, (left, top), size, told)
+    if down * across <= MAX_TOLD:
+        parts += _told_cells(values, scale, (left, top), size, told)
+    else:
+        parts += _path_cells(values, scale, (left, top), size)
+        parts += [
+            f'<rect class="row" x="{left:g}" y="{top + i * height:g}" '
+            f'width="{across * width:g}" height="{height:g}"><title>{safe(row)}</title></rect>'
+            for i, row in enumerate(rows)
+        ]
     if numbers:
         parts += [
             f'<text class="num {"inv" if _is_strong(scale, value) else ""}" '
@@ -138,7 +145,6 @@ def _path_cells(
     scale: Scale,
     origin: tuple[float, float],
     size: tuple[float, float],
-    _told: Callable[[int, int], str],
 ) -> list[str]:
     """Return one path a colour; equal neighbours in a row are one stroke."""
     strokes: list[list[str]] = [[] for _ in range(STEPS)]

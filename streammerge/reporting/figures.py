@@ -77,7 +77,7 @@ def matrices(material: Material) -> list[Figure]:
 
 
 _COSINE_WORDS = ("opposed", "unrelated", "alike")
-_SIGN_WORDS = ("same signs", "as by chance", "opposed")
+_SIGN_WORDS = ("same", "by chance", "opposed")
 _OVERLAP = ("apart", "", "the same")
 
 _COSINE = (
@@ -161,12 +161,12 @@ def by_module(material: Material) -> list[Figure]:
 _ALL = ("none", "", "all")
 
 _KEPT = (
-    "The share of ‖M‖²_F of the merged matrix that the written pair of rank R keeps; the mean where "
-    "several targets share a cell. It does not say whether what was lost mattered to the task."
+    "The share of ‖M‖²_F of the merged matrix that the written pair of rank R keeps, on average "
+    "where several targets share a cell. It does not say whether what was lost mattered."
 )
 _ERROR = (
-    "‖M − B·A‖_F / ‖M‖_F of the pair as written, rounding to its dtype included: the square root of "
-    "one minus the energy kept, where nothing else was lost."
+    "‖M - B·A‖_F / ‖M‖_F of the pair as written, rounding to its dtype included: the square root "
+    "of one minus the energy kept, where nothing else was lost."
 )
 _AGREEMENT = (
     "The mean cosine over all pairs of adapters that have the target. Near 0 they neither help nor "

@@ -22,6 +22,9 @@ LISTED = 200
 MAX_INPUTS = 2000
 """Rows of the table of adapters."""
 
+PAIRS = 10
+"""Pairs of adapters that are listed as most alike, and as most opposed."""
+
 MATRIX_WIDTH = 400.0
 
 
@@ -89,10 +92,11 @@ def _cards(material: Material) -> Iterator[str]:
 
 
 def _missing(material: Material) -> Iterator[str]:
-    notes = []
     names = labels(material)
-    for one in material.missing[:20]:
-        notes.append(f"Adapter {safe(names[one.position])} is not compared: {safe(one.why)}.")
+    notes = [
+        f"Adapter {safe(names[one.position])} is not compared: {safe(one.why)}."
+        for one in material.missing[:20]
+    ]
     if len(material.missing) > 20:
         notes.append(f"… and {len(material.missing) - 20} more adapters are not compared.")
     total = len(material.record["modules"])
@@ -117,12 +121,40 @@ def _agreement(material: Material) -> Iterator[str]:
         yield "<p>Fewer than two adapters could be compared, so there is nothing to show.</p>"
         return
     yield (
-        "<p>Each row and column is one adapter. All of it comes from the factors alone, in float64; "
-        "weights play no part.</p>"
+        "<p>Each row and column is one adapter. All of it comes from the factors alone, in "
+        "float64; weights play no part.</p>"
     )
     yield '<div class="pair">'
     for figure in figures:
         yield _drawn(figure)
+    yield "</div>"
+    yield from _extremes(material)
+
+
+def _extremes(material: Material) -> Iterator[str]:
+    """Yield the pairs that are most alike and most opposed, where not all can be seen at once."""
+    found, count = material.agreement, len(material.compared)
+    if found is None or count <= MAX_NUMBERED:
+        return
+    names = labels(material)
+    first, second = np.triu_indices(count, 1)
+    cosine = found.cosine[first, second]
+    known = np.flatnonzero(np.isfinite(cosine))
+    order = known[np.argsort(-cosine[known], kind="stable")]
+    ends = {"Most alike": order[:PAIRS], "Most opposed": order[::-1][:PAIRS]}
+    yield '<div class="pair">'
+    for title, chosen in ends.items():
+        rows = [
+            (
+                names[material.compared[first[place]]],
+                names[material.compared[second[place]]],
+                _signed(float(cosine[place])),
+                _percent(float(found.conflict[first[place], second[place]])),
+            )
+            for place in chosen
+        ]
+        heads = ("adapter", "and", "cosine", "sign conflict")
+        yield f"<section><h3>{title}</h3>{_table(heads, rows, numbers=(2, 3))}</section>"
     yield "</div>"
 
 
@@ -161,7 +193,7 @@ def _worst(material: Material) -> Iterator[str]:
                 facts.get("adapters", "–"),
                 _percent(facts.get("kept_energy")),
                 _percent(facts.get("relative_error")),
-                f"{found.cosine:+.3f}" if found and math.isfinite(found.cosine) else "–",
+                _signed(found.cosine) if found else "–",
                 _percent(found.minority) if found else "–",
             )
         )
@@ -214,6 +246,8 @@ def _norms(material: Material) -> list[float]:
 def _cost(material: Material) -> Iterator[str]:
     yield '<h2 id="cost">Time and memory</h2>'
     memory = {k: float(v) for k, v in _memory(material).items() if _is_number(v)}
+    if "allowed_bytes" not in memory:
+        memory = {}
     rows = [
         (label, memory[key], format_size(int(memory[key])), "main" if key == "peak_bytes" else "")
         for key, label in (
@@ -225,18 +259,7 @@ def _cost(material: Material) -> Iterator[str]:
         if key in memory
     ]
     if rows:
-        shown = [row for row in rows if row[0] != "allowed"]
-        limit = memory.get("allowed_bytes", 0.0)
-        highest = max(value for _, value, _, _ in shown) if shown else limit
-        # A machine's whole memory beside a small merge would leave nothing to see of it.
-        shown = rows if limit <= 4 * highest else shown
-        yield f'<figure><h3>Memory of the process</h3><div class="plot">{bars(shown, max(highest, max(v for _, v, _, _ in shown)))}</div>'
-        yield (
-            f'<p class="read">{safe(format_size(int(limit)))} were allowed. Projected is what the '
-            "plan promised to stay within, reserved the part of it that the process itself takes; "
-            "the peak is the most that the process has ever held (VmHWM), before the merge too "
-            "where it was called from Python. It is not known of a cluster's workers.</p></figure>"
-        )
+        yield _memory_bars(rows)
     seconds = _seconds(material)
     if seconds:
         order = sorted(seconds, key=lambda target: (-seconds[target], target))
@@ -253,6 +276,22 @@ def _cost(material: Material) -> Iterator[str]:
         )
     if not rows and not seconds:
         yield "<p>Not known: the file of timings is not there, or of an earlier version.</p>"
+
+
+def _memory_bars(rows: Sequence[tuple[str, float, str, str]]) -> str:
+    held = [row for row in rows if row[0] != "allowed"]
+    highest = max((value for _, value, _, _ in held), default=0.0)
+    limit = rows[-1]
+    # A machine's whole memory beside a small merge would leave nothing to see of it.
+    shown = rows if limit[1] <= 4 * highest else held
+    drawing = bars(shown, max(value for _, value, _, _ in shown))
+    return (
+        f'<figure><h3>Memory of the process</h3><div class="plot">{drawing}</div>'
+        f'<p class="read">{safe(limit[2])} were allowed. Projected is what the plan promised to '
+        "stay within, reserved the part of it that the process itself takes; the peak is the most "
+        "that the process has ever held (VmHWM), before the merge too where it was called from "
+        "Python. Of a cluster's workers it is not known.</p></figure>"
+    )
 
 
 def _origin(material: Material) -> Iterator[str]:
@@ -294,7 +333,7 @@ def _drawn(figure: Figure) -> str:
         side = min(44.0, max(1.5, MATRIX_WIDTH / down))
         size = (side, side)
     else:
-        size = (min(28.0, max(5.0, 860.0 / across)), 20.0)
+        size = (min(38.0, max(5.0, 840.0 / across)), 20.0)
 
     def told(i: int, j: int) -> str:
         where = (figure.rows[i], figure.rows[j] if figure.square else f"layer {figure.columns[j]}")
@@ -354,7 +393,8 @@ def _percent(value: Any) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.3f}" if math.isfinite(value) else "–"
+    # Adding zero takes the sign off a zero.
+    return f"{round(value, 3) + 0.0:+.3f}" if math.isfinite(value) else "–"
 
 
 def _duration(seconds: float) -> str:

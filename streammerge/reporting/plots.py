@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DPI = 160
 MAX_LABELS = 40
+MAX_TICKS = 16
 
 
 def check_matplotlib() -> None:
@@ -64,12 +65,14 @@ def _plot(figure: Figure, path: Path) -> Path:
         # A dollar would begin mathematics.
         names = [printable(short(row)).replace("$", r"\$") for row in figure.rows]
         axes.set_yticks(range(down), names)
-    step = max(1, -(-across // MAX_LABELS))
+    else:
+        axes.set_yticks([])
+    step = max(1, -(-across // (MAX_TICKS if figure.square else MAX_LABELS)))
     places = range(0, across, step)
     axes.set_xticks(places, [short(figure.columns[place], 8) for place in places])
     if not figure.square:
         axes.set_xlabel("layer")
-    canvas.colorbar(image, ax=axes, label=" · ".join(filter(None, figure.words)))
+    canvas.colorbar(image, ax=axes, shrink=0.8, label=" · ".join(filter(None, figure.words)))
     canvas.savefig(path, dpi=DPI, metadata={"Software": None})
     return path
 
