@@ -14,7 +14,7 @@ import numpy as np
 from streammerge.errors import CorruptFileError, RecipeError, StorageError
 from streammerge.output.staging import MARK_NAME
 from streammerge.reporting.figures import by_module, labels, matrices
-from streammerge.reporting.gather import gather
+from streammerge.reporting.material import gather
 from streammerge.reporting.page import render
 from streammerge.reporting.plots import check_matplotlib, write_plots
 from streammerge.worker.agreement import Agreement

@@ -11,8 +11,8 @@ import numpy as np
 from streammerge.public import last_part
 from streammerge.reporting.colours import COSINE, HALF, SHARE, Scale
 from streammerge.reporting.drawing import Values
-from streammerge.reporting.gather import Material
 from streammerge.reporting.grid import make_grid
+from streammerge.reporting.material import Material
 from streammerge.reporting.order import clustered
 
 MAX_SIDE = 240

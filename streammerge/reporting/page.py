@@ -14,7 +14,7 @@ from streammerge.budget import format_size
 from streammerge.reporting import colours
 from streammerge.reporting.drawing import MAX_NUMBERED, bars, heatmap, legend, safe
 from streammerge.reporting.figures import Figure, by_module, labels, matrices
-from streammerge.reporting.gather import Material
+from streammerge.reporting.material import Material
 
 LISTED = 200
 """Rows of a table of targets; the record has them all."""
