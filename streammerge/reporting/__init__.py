@@ -29,7 +29,9 @@ class Report:
     """What was written about a merge, and what it says of the adapters."""
 
     page: Path
+    """The HTML file."""
     plots: tuple[Path, ...]
+    """The PNG files, where they were asked for."""
     adapters: tuple[str, ...]
     """Those that are in `agreement`, in the order of its rows; the merge comes after them."""
     missing: tuple[str, ...]

@@ -66,6 +66,7 @@ class TargetAgreement:
     """What was found in one target. NaN where nothing is there to compare."""
 
     target: str
+    """The module's path."""
     norms: tuple[float, ...]
     """‖Δ_i‖_F of every member, the merge last; NaN for those that do not have the target."""
     cosine: float
@@ -91,7 +92,9 @@ class Agreement:
     columns: Matrix
     """Mean overlap of column spaces over the targets that both have."""
     rows: Matrix
+    """The same of row spaces."""
     targets: tuple[TargetAgreement, ...]
+    """Each compared target by itself, in the order of their names."""
     checksums: tuple[tuple[int, str], ...]
     """Of each member: how many targets were read, and the checksum that a merge records of them."""
 
