@@ -338,7 +338,7 @@ def test_many_targets_make_a_small_grid() -> None:
 
 
 def test_the_page_of_many_stays_small(tmp_path: Path) -> None:
-    """300 adapters of 2,000 targets in the record; two of the adapters still lie there."""
+    """300 adapters and 20,001 targets in the record; two of the adapters still lie there."""
     inputs = [
         write_adapter(tmp_path / f"in{n}", {"l.0.x": linear(4, 4, 1)}, seed=n) for n in range(2)
     ]
