@@ -30,8 +30,8 @@ class Word(click.ParamType[Any]):
 
     def shell_complete(
         self,
-        ctx: click.Context,  # noqa: ARG002
-        param: click.Parameter,  # noqa: ARG002
+        ctx: click.Context,  # noqa: ARG002  # click's signature
+        param: click.Parameter,  # noqa: ARG002  # click's signature
         incomplete: str,
     ) -> list[CompletionItem[str]]:
         """Return the words that begin so."""
@@ -58,7 +58,7 @@ class Density(Numbers):
 
     name = "D|D1,D2,…"
 
-    def convert(  # type: ignore[override]
+    def convert(  # type: ignore[override]  # also a single number
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float | tuple[float, ...]:
         """Return the number, or the numbers."""

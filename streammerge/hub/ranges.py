@@ -163,7 +163,7 @@ class Ranges:
         """Yield the pieces of a range as they come, no more than was asked for."""
         from huggingface_hub import get_session  # noqa: PLC0415  # see the package
 
-        from streammerge.hub.trouble import TROUBLES  # noqa: PLC0415
+        from streammerge.hub.trouble import TROUBLES  # noqa: PLC0415  # loads the Hub's client
 
         if count == 0:
             return

@@ -71,7 +71,7 @@ def gather(ids: Collection[HubId], *, store: bool) -> dict[str, Gathered]:
 
 def _gather_one(asked: HubId, ranges: Ranges, *, store: bool) -> Gathered:
     # Loads the Hub's client.
-    from streammerge.hub.snapshots import (  # noqa: PLC0415
+    from streammerge.hub.snapshots import (  # noqa: PLC0415  # loads the Hub's client
         cached_snapshot,
         download,
         find_cached,

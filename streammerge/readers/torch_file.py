@@ -135,7 +135,7 @@ def _check_pickle(path: Path, text: bytes) -> None:
 
 def _load(path: Path) -> Mapping[str, Any]:
     # Loaded here alone: most adapters do without torch until they are merged.
-    import torch  # noqa: PLC0415
+    import torch  # noqa: PLC0415  # takes seconds to load
 
     try:
         with warnings.catch_warnings():
@@ -179,7 +179,7 @@ def _entries(path: Path, tensors: Mapping[str, Any], records: Mapping[int, int])
 
 
 def _check_tensor(path: Path, name: object, tensor: Any) -> None:
-    import torch  # noqa: PLC0415
+    import torch  # noqa: PLC0415  # takes seconds to load
 
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
         raise CorruptFileError(f"names a tensor {shorten(name)}", path=str(path))

@@ -46,7 +46,7 @@ def write_plots(figures: Sequence[Figure], directory: Path) -> tuple[Path, ...]:
 
 
 def _plot(figure: Figure, path: Path) -> Path:
-    from matplotlib.figure import Figure as Canvas  # noqa: PLC0415
+    from matplotlib.figure import Figure as Canvas  # noqa: PLC0415  # an extra, and slow to load
 
     down, across = figure.values.shape
     size = (7.2, 6.4) if figure.square else (10.0, max(2.2, 1.4 + 0.28 * min(down, MAX_LABELS)))
@@ -78,6 +78,6 @@ def _plot(figure: Figure, path: Path) -> Path:
 
 
 def _colours(scale: Scale) -> Colormap:
-    from matplotlib.colors import ListedColormap  # noqa: PLC0415
+    from matplotlib.colors import ListedColormap  # noqa: PLC0415  # an extra, and slow to load
 
     return ListedColormap(scale.colours(dark=False), name=scale.name).with_extremes(bad="#ffffff00")
