@@ -341,6 +341,37 @@ def test_a_stop_when_nobody_listens(sources: list[Path], tmp_path: Path) -> None
     assert process.wait(timeout=30) == 75
 
 
+ON_ITS_WAY_OUT = """
+import os, signal, sys
+from streammerge import finish, run
+from streammerge.cli import main
+
+class Last:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGTERM):
+        kill(pid, number)  # the interpreter has given its signals back
+
+last = Last()
+
+def stopped(*_, **__):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+run.finish = stopped
+sys.argv[0] = "streammerge"
+main(prog_name="streammerge")
+"""
+
+
+def test_a_second_signal_when_the_interpreter_is_taken_down(
+    sources: list[Path], tmp_path: Path
+) -> None:
+    words = ["merge", *map(str, sources), "-o", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", ON_ITS_WAY_OUT, *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 75, done.stderr
+    assert "streammerge merge --resume" in done.stderr
+
+
 # ---------------------------------------------------------------------------------------------
 # Elsewhere
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
@@ -128,8 +129,7 @@ def stopped_by_signals(
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Result:
         def stop(_signum: int, _frame: object) -> NoReturn:
-            for number in _SIGNALS:
-                signal.signal(number, lambda *_: None)  # the watch hears of it
+            _leave_signals_to_the_watch()
             raise KeyboardInterrupt
 
         # A shell has what it starts in the background ignore SIGINT, and that stays so.
@@ -141,6 +141,7 @@ def stopped_by_signals(
             try:
                 result = command(*args, **kwargs)
             except StoppedError as error:
+                _leave_signals_to_the_watch()
                 _report_stopped(str(error), again(), kwargs)
                 raise SystemExit(STOPPED) from error
             except KeyboardInterrupt as error:
@@ -155,6 +156,22 @@ def stopped_by_signals(
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def _leave_signals_to_the_watch() -> None:
+    """Have no further signal disturb the way out, up to its last step.
+
+    When the interpreter is taken down it gives its signals back to the system, where they would
+    end the process with another exit code than the one that was promised.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, lambda *_: None)
+    atexit.register(_ignore_signals)
+
+
+def _ignore_signals() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Watch:
