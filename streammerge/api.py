@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streammerge import events, pushing
+from streammerge import events
 from streammerge.adapter import Adapter, NameTable
 from streammerge.budget import CPU, format_size, parse_duration, peak_bytes
 from streammerge.consolidation import consolidate
@@ -21,7 +21,8 @@ from streammerge.output.record import write_timings
 from streammerge.output.staging import Staging, check_output
 from streammerge.plans import SHOWN, Plan
 from streammerge.preparation import StrPath, bring, make_recipe, open_cluster, prepare
-from streammerge.pushing import Pushed, push
+from streammerge.publishing import Pushed, check_push, push, upload
+from streammerge.publishing import push as push_output
 from streammerge.readers import read_adapter
 from streammerge.verification import verify
 
@@ -301,7 +302,7 @@ def merge(
         deadline = time.monotonic() + parse_duration(time_limit, option="time_limit")
     tell = on_event or _warn
     if push is not None:
-        pushing.check_push(push)
+        check_push(push)
     recipe = make_recipe(
         adapters,
         method=method,
@@ -329,7 +330,7 @@ def merge(
         Staging(Path(output)).settle(recipe.to_dict() if resume else None)
     except PublishedError:
         if push is not None:
-            pushing.push(output, push, private=private)
+            push_output(output, push, private=private)
         raise
     check_output(Path(output), overwrite=overwrite)
     with open_cluster(scheduler) as cluster:
@@ -384,7 +385,7 @@ def _with_push(
     result: MergeResult, repo: str, tell: events.OnEvent, *, private: bool
 ) -> MergeResult:
     """Bring a merge's output to the Hub; it has been read back just now."""
-    pushed = pushing.upload(result.output, repo, private=private)
+    pushed = upload(result.output, repo, private=private)
     for notice in pushed.notices:
         tell(events.Notice(notice))
     return replace(result, notices=(*result.notices, *pushed.notices), pushed=pushed)

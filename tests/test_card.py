@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard
 
 import streammerge
 from making import linear, write_adapter
-from streammerge.card import block, code, is_own_card, render_card
-from streammerge.public import is_model_id, last_part, public_config, public_record
+from streammerge.publishing.card import block, code, is_own_card, render_card
+from streammerge.publishing.public import is_model_id, last_part, public_config, public_record
 
 TARGETS = {"model.up": linear(20, 12, 3), "model.down": linear(12, 20, 3)}
 BASES = ("org/base-7b", "other/base_7b", "/home/me/base")

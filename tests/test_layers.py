@@ -18,15 +18,15 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 LAYERS = (
     {"errors"},
     {"budget", "notebook", "tiling", "regular", "files", "schedule"},
-    {"catalog", "plans", "recipe", "adapter", "events", "patterns", "public"},
-    {"planner", "card", "hub"},
+    {"catalog", "plans", "recipe", "adapter", "events", "patterns"},
+    {"planner", "hub"},
     {"readers", "output", "rules", "spaces", "lowrank", "select", "draw", "recipe_file"},
     {"kernels"},
     {"worker"},
     {"executors", "ledger", "resume"},
     {"finish"},
-    {"run", "verification", "preparation", "consolidation", "publication", "answers"},
-    {"pushing"},
+    {"run", "verification", "preparation", "consolidation"},
+    {"publishing"},
     {"measuring", "reporting"},
     {"api"},
     {"cli"},
@@ -38,9 +38,7 @@ INIT = "__init__"
 INIT_MAY_IMPORT = {"api", "measuring", "reporting", "errors", "adapter", "plans"}
 STANDARD_LIBRARY_ONLY = {"errors", "budget", "notebook", "tiling", "regular", "files", "schedule"}
 # Reading headers, planning and showing help are pure arithmetic and text.
-WITHOUT_TORCH = {INIT, "cli", "readers", "output", "consolidation", "publication", "pushing"}.union(
-    *LAYERS[:4]
-)
+WITHOUT_TORCH = {INIT, "cli", "readers", "output", "consolidation", "publishing"}.union(*LAYERS[:4])
 # Files of torch.save are read by torch, and by nobody else, when there is such a file to read.
 READS_BY_TORCH = "readers/torch_file.py"
 IMPORTS_TORCH = {"torch", "safetensors.torch", "peft", "transformers"}

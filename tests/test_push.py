@@ -21,8 +21,6 @@ from hub_server import HUB, Fault
 from hub_uploads import TOKEN, Hub
 from making import CONFIG, INDEX, WEIGHTS, contents, linear, write_adapter
 from streammerge import events
-from streammerge.answers import explain
-from streammerge.card import CARD_NAME, is_own_card
 from streammerge.cli import main
 from streammerge.errors import (
     CorruptFileError,
@@ -34,7 +32,9 @@ from streammerge.errors import (
 )
 from streammerge.output.record import RECIPE_NAME, digest, render_record
 from streammerge.output.staging import MARK_NAME, Staging, journal_path
-from streammerge.publication import publication_of
+from streammerge.publishing.answers import explain
+from streammerge.publishing.card import CARD_NAME, is_own_card
+from streammerge.publishing.publication import publication_of
 
 # huggingface_hub sends its commits in a way that the newest httpx does not like.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -75,7 +75,7 @@ def run_merge(
     """Merge, or show the plan, and print what came out; `options` are those of the Python call."""
     from streammerge.api import push as verify_and_push
     from streammerge.errors import PublishedError
-    from streammerge.pushing import check_push, upload
+    from streammerge.publishing import check_push, upload
 
     if dry_run:
         show_plan(adapters, output, as_json=as_json, notes=not (quiet and as_json), **options)

@@ -18,7 +18,7 @@ from streammerge.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from streammerge.pushing import Pushed
+    from streammerge.publishing import Pushed
 
 EXAMPLES = """\b
 Examples:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from streammerge.public import last_part
+from streammerge.publishing.public import last_part
 from streammerge.reporting.colours import COSINE, HALF, SHARE, Scale
 from streammerge.reporting.drawing import Values
 from streammerge.reporting.grid import make_grid

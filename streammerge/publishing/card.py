@@ -20,7 +20,13 @@ import xxhash
 import yaml
 
 from streammerge.errors import printable
-from streammerge.public import adapter_names, is_model_id, last_part, pinned_names, public_recipe
+from streammerge.publishing.public import (
+    adapter_names,
+    is_model_id,
+    last_part,
+    pinned_names,
+    public_recipe,
+)
 
 CARD_NAME = "README.md"
 

@@ -16,7 +16,6 @@ from typing import Any
 import yaml
 
 from streammerge.adapter import CONFIG_NAME, INDEX_NAME
-from streammerge.card import CARD_NAME, render_card
 from streammerge.errors import CorruptFileError, shorten
 from streammerge.files import check_inside, read_whole
 from streammerge.output.record import (
@@ -28,7 +27,8 @@ from streammerge.output.record import (
     render_record,
 )
 from streammerge.output.staging import MARK_NAME, OWN_FILES
-from streammerge.public import (
+from streammerge.publishing.card import CARD_NAME, render_card
+from streammerge.publishing.public import (
     is_place,
     pinned_names,
     public_config,

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streammerge.adapter import INDEX_NAME
-from streammerge.answers import explain
-from streammerge.card import CARD_NAME, is_own_card
 from streammerge.errors import (
     MissingFileError,
     PushError,
     RecipeError,
 )
 from streammerge.output.staging import MARK_NAME, OWN_FILES
-from streammerge.public import is_model_id
-from streammerge.publication import MAX_TEXT_BYTES, publication_of
+from streammerge.publishing.answers import explain
+from streammerge.publishing.card import CARD_NAME, is_own_card
+from streammerge.publishing.public import is_model_id
+from streammerge.publishing.publication import MAX_TEXT_BYTES, publication_of
 from streammerge.verification import verify
 
 if TYPE_CHECKING:
