@@ -103,7 +103,7 @@ def plan(
     method: str = "svd",
     weights: Sequence[Setting] | None = None,
     density: float | Sequence[Setting] | None = None,
-    gamma: float | None = None,
+    parameters: Mapping[str, float] | None = None,
     normalize: bool = False,
     rank: int | None = None,
     space: str | None = None,
@@ -146,7 +146,7 @@ def plan(
         method=method,
         weights=weights,
         density=density,
-        gamma=gamma,
+        parameters=parameters,
         normalize=normalize,
         rank=rank,
         space=space,
@@ -187,7 +187,7 @@ def merge(
     method: str = "svd",
     weights: Sequence[Setting] | None = None,
     density: float | Sequence[Setting] | None = None,
-    gamma: float | None = None,
+    parameters: Mapping[str, float] | None = None,
     normalize: bool = False,
     rank: int | None = None,
     space: str | None = None,
@@ -234,7 +234,8 @@ def merge(
             which the first holds whose filter is found in the target's name.
         density: share of elements kept, in [0, 1]; for the methods that prune or drop. A number
             for all adapters, or a list with one for each, like the weights.
-        gamma: share of the largest elements that breadcrumbs drops as outliers, 0.01 when None.
+        parameters: numbers that the method takes besides these, by name, such as {"gamma": 0.02}
+            for "breadcrumbs"; `streammerge methods` lists them, and what they are when not given.
         normalize: divide the weights by their sum, in each target over the adapters that have it.
         rank: of the output, for truncating methods; the largest of the inputs when None.
         space: "factor", "delta", "core", "knots" or "exact", instead of the method's own.
@@ -308,7 +309,7 @@ def merge(
         method=method,
         weights=weights,
         density=density,
-        gamma=gamma,
+        parameters=parameters,
         normalize=normalize,
         rank=rank,
         space=space,

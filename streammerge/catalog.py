@@ -13,8 +13,23 @@ from typing import Literal
 Kind = Literal["element-wise", "coefficient", "spectral"]
 Sparsity = Literal["none", "largest", "middle", "random"]
 
-OUTLIERS = 0.01
-"""Share of the largest elements that count as outliers, unless another is asked for."""
+
+@dataclass(frozen=True)
+class Parameter:
+    """A number that a rule or a space takes, besides the options that many share."""
+
+    name: str
+    default: float
+    low: float
+    high: float
+    """Both bounds are allowed."""
+    about: str
+    whole: bool = False
+    """Whether it is an integer."""
+
+    def takes(self, value: float) -> bool:
+        """Return whether it may have this value."""
+        return self.low <= value <= self.high and not (self.whole and value % 1)
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,8 @@ class RuleSpec:
     the answer's."""
     operations: int = 2
     """Arithmetic operations for each element of each of the N tensors."""
+    parameters: tuple[Parameter, ...] = ()
+    """Numbers that it takes besides weights and density."""
 
     @property
     def needs_density(self) -> bool:
@@ -62,6 +79,8 @@ class SpaceSpec:
     """Whether the result is cut to a rank, so that `rank` and `clamp` make sense."""
     source: str
     """The paper, or where else it was defined."""
+    parameters: tuple[Parameter, ...] = ()
+    """Numbers that it takes."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +151,9 @@ RULES: dict[str, RuleSpec] = {
             sparsity="middle",
             tile_buffers=1,
             operations=12,
+            parameters=(
+                Parameter("gamma", 0.01, 0.0, 1.0, "share of the largest elements that it drops"),
+            ),
         ),
     )
 }
@@ -197,3 +219,14 @@ METHODS: dict[str, Method] = {
     )
 }
 """PEFT's eleven combination types, and what others call by a name of its own."""
+
+
+PARAMETERS: dict[str, Parameter] = {
+    parameter.name: parameter
+    for parameters in [
+        *(rule.parameters for rule in RULES.values()),
+        *(space.parameters for space in SPACES.values()),
+    ]
+    for parameter in parameters
+}
+"""All of them, by name."""

@@ -197,6 +197,8 @@ class Plan:
     """How several tensors become one, as the catalog names it."""
     space: str
     """What the rule is applied to, as the catalog names it."""
+    parameters: dict[str, float]
+    """Of rule and space, by name: what was asked for, and what the catalog says otherwise."""
     dtype: str
     """Of the output, as torch spells it."""
     tasks: tuple[Task, ...]

@@ -19,7 +19,14 @@ from streammerge.output.staging import staging_path
 from streammerge.planner import make_plan, resolve_method
 from streammerge.plans import Plan
 from streammerge.readers import read_adapters
-from streammerge.recipe import Recipe, make_density, make_number, make_paths, make_weights
+from streammerge.recipe import (
+    Recipe,
+    make_density,
+    make_number,
+    make_parameters,
+    make_paths,
+    make_weights,
+)
 
 if TYPE_CHECKING:
     from streammerge.executors.cluster import Cluster
@@ -34,6 +41,7 @@ def make_recipe(
     *,
     weights: Any,
     density: Any,
+    parameters: Any,
     max_shard_size: str | int | None,
     **fields: Any,
 ) -> Recipe:
@@ -46,8 +54,7 @@ def make_recipe(
     shard = None
     if max_shard_size is not None:
         shard = parse_size(max_shard_size, option="max_shard_size")
-    for option in ("gamma", "clamp"):
-        fields[option] = make_number(fields[option], float, option=option)
+    fields["clamp"] = make_number(fields["clamp"], float, option="clamp")
     for option in ("rank", "seed"):
         fields[option] = make_number(fields[option], int, option=option)
     if not isinstance(fields["scaling"], str):
@@ -56,6 +63,7 @@ def make_recipe(
         adapters=paths,
         weights=make_weights(weights, len(paths)),
         density=make_density(density),
+        parameters=make_parameters(parameters),
         max_shard_bytes=shard,
         **fields,
     )

@@ -42,8 +42,9 @@ class Recipe:
     """Overrides the method's space."""
     density: float | tuple[Value, ...] | None = None
     """Share of elements kept, in [0, 1]: of all adapters, or one for each, as the weights are."""
-    gamma: float | None = None
-    """Share of the largest elements that count as outliers, in [0, 1]."""
+    parameters: tuple[tuple[str, float], ...] = ()
+    """Numbers that the rule or the space takes, by name, in the order of the names; what is not
+    given is as the catalog says."""
     rank: int | None = None
     """The output's rank; None is the largest of the inputs."""
     majority_sign: str = "total"
@@ -76,7 +77,6 @@ class Recipe:
             raise RecipeError("no adapters were given", option="adapters")
         _check_weights(self.weights, len(self.adapters))
         _check_density(self.density, len(self.adapters))
-        _check_share("gamma", self.gamma)
         if self.rank is not None and (not _is_integer(self.rank) or self.rank <= 0):
             raise RecipeError(f"rank must be a positive integer, not {self.rank!r}", option="rank")
         if self.clamp is not None and not 0 < self.clamp <= 1:
@@ -101,6 +101,7 @@ class Recipe:
             "adapters": list(self.adapters),
             "weights": [as_json(weight) for weight in self.weights],
             "density": list(map(as_json, density)) if isinstance(density, tuple) else density,
+            "parameters": dict(self.parameters),
         }
 
     @classmethod
@@ -112,6 +113,7 @@ class Recipe:
                 "adapters": tuple(fields["adapters"]),
                 "weights": make_weights(fields["weights"], len(fields["adapters"])),
                 "density": make_density(fields["density"]),
+                "parameters": make_parameters(fields["parameters"]),
             }
         )
 
@@ -136,6 +138,27 @@ def make_density(density: Any) -> float | tuple[Value, ...] | None:
     if isinstance(density, Iterable) and not isinstance(density, str):
         return _each(density, "density")
     return make_number(density, float, option="density")
+
+
+def make_parameters(parameters: Any) -> tuple[tuple[str, float], ...]:
+    """Return the numbers that a rule or a space takes, in the order of their names.
+
+    Raises:
+        RecipeError: it is no mapping from names to finite numbers.
+    """
+    if parameters is None:
+        return ()
+    if not isinstance(parameters, Mapping):
+        raise RecipeError(
+            f"parameters: a mapping from names to numbers, not {parameters!r}", option="parameters"
+        )
+    made = []
+    for name, given in sorted(parameters.items(), key=str):
+        number = make_number(given, float, option="parameters")
+        if number is None or not math.isfinite(number):
+            raise RecipeError(f"{name} must be a number, not {given!r}", option="parameters")
+        made.append((str(name), number))
+    return tuple(made)
 
 
 def _each(given: Any, option: str) -> tuple[Value, ...]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from streammerge.catalog import PARAMETERS
 from streammerge.errors import RecipeError, RecipeFileError, shorten
 from streammerge.files import read_whole
 from streammerge.recipe import Recipe
@@ -49,7 +50,7 @@ _NAMES = {str: "a text", int: "an integer", float: "a number", bool: "true or fa
 
 _KEYS = ("merge_method", "models", "parameters", "dtype", "out_dtype", "output", *_OPTIONS)
 _MODEL_KEYS = ("model", "parameters")
-_PARAMETERS = ("weight", "density", "gamma", "normalize", "lambda")
+_PARAMETERS = ("weight", "density", "normalize", "lambda", *PARAMETERS)
 _MODEL_PARAMETERS = ("weight", "density")
 
 _FOREIGN = {
@@ -102,8 +103,7 @@ def write_recipe(recipe: Mapping[str, Any]) -> bytes:
     parameters: dict[str, Any] = {}
     if found.density is not None and not isinstance(found.density, tuple):
         parameters["density"] = found.density
-    if found.gamma is not None:
-        parameters["gamma"] = found.gamma
+    parameters.update(found.parameters)
     if found.normalize:
         parameters["normalize"] = True
     if parameters:
@@ -162,7 +162,11 @@ class _File:
             "method": self._typed(root["merge_method"], "merge_method", _TEXT),
             "weights": self._weights(models, parameters),
             "density": self._density(models, parameters),
-            "gamma": self._number(parameters, "gamma", None),
+            "parameters": {
+                name: self._number(parameters, name, None)
+                for name in parameters
+                if name in PARAMETERS
+            },
             "normalize": self._flag(parameters, "normalize"),
             **{
                 key: self._typed(root[key], key, types)

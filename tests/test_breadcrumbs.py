@@ -36,7 +36,8 @@ def merge(paths: Sequence[Path], out: Path, **options: Any) -> SavedTarget:
 @pytest.mark.parametrize(("density", "gamma"), [(0.3, 0.05), (0.8, 0.2), (0.4, 0.0), (0.0, 0.5)])
 def test_the_formula(space: str, density: float, gamma: float, tmp_path: Path) -> None:
     sources = [random_source(i, 40, 30, 4, scaling=1 + i / 2) for i in range(3)]
-    paths, shares = save(tmp_path, sources), {"density": density, "gamma": gamma}
+    paths = save(tmp_path, sources)
+    shares: dict[str, Any] = {"density": density, "parameters": {"gamma": gamma}}
     if space == "factor":
         found = merge(paths, tmp_path / "out", space=space, **shares)
         roots = [np.sqrt(abs(w * s.scaling)) for w, s in zip(GIVEN, sources, strict=True)]
@@ -62,19 +63,19 @@ def test_the_formula(space: str, density: float, gamma: float, tmp_path: Path) -
 def test_without_outliers_it_is_pruning(space: str, tmp_path: Path) -> None:
     """Where others drop everything for a gamma of nothing, nothing more is dropped."""
     paths = save(tmp_path, [random_source(i, 40, 30, 4) for i in range(3)])
-    merge(paths, tmp_path / "crumbs", space=space, density=0.3, gamma=0.0)
+    merge(paths, tmp_path / "crumbs", space=space, density=0.3, parameters={"gamma": 0.0})
     merge(paths, tmp_path / "pruned", space=space, density=0.3, method="magnitude_prune")
     pruned = (tmp_path / "pruned" / WEIGHTS).read_bytes()
     assert (tmp_path / "crumbs" / WEIGHTS).read_bytes() == pruned
     # So few elements that a share of them is none.
-    found = merge(paths, tmp_path / "few", space=space, density=0.3, gamma=1e-6)
+    found = merge(paths, tmp_path / "few", space=space, density=0.3, parameters={"gamma": 1e-6})
     assert found.delta.any()
 
 
 def test_one_in_a_hundred_unless_told(tmp_path: Path) -> None:
     paths = save(tmp_path, [random_source(i, 40, 30, 4) for i in range(2)])
     merge(paths, tmp_path / "default", density=0.3)
-    merge(paths, tmp_path / "given", density=0.3, gamma=0.01)
+    merge(paths, tmp_path / "given", density=0.3, parameters={"gamma": 0.01})
     given = (tmp_path / "given" / WEIGHTS).read_bytes()
     assert (tmp_path / "default" / WEIGHTS).read_bytes() == given
 
@@ -95,5 +96,5 @@ def test_equals_at_both_thresholds(tmp_path: Path) -> None:
         assert 0 < (equal & kept).sum() < equal.sum()
         tiles = [equal[start:stop].any() for start, stop in row_tiles(m, n)]
         assert sum(tiles) > 1
-    found = merge([path], tmp_path / "out", density=0.3, gamma=0.1, rank=m).delta
+    found = merge([path], tmp_path / "out", density=0.3, parameters={"gamma": 0.1}, rank=m).delta
     np.testing.assert_array_equal(np.abs(found) > 0.5, kept)

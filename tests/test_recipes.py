@@ -23,7 +23,7 @@ from streammerge import events
 from streammerge.catalog import METHODS, RULES, SPACES
 from streammerge.cli import main
 from streammerge.errors import RecipeError, RecipeFileError
-from streammerge.recipe import Recipe, make_density, make_weights
+from streammerge.recipe import Recipe, make_density, make_parameters, make_weights
 from streammerge.recipe_file import RecipeFile, read_recipe, write_recipe
 from streammerge.schedule import as_json, depths, make_value, value_at
 
@@ -192,6 +192,7 @@ def made_by(read: RecipeFile) -> Recipe:
         adapters=read.adapters,
         weights=make_weights(options.pop("weights"), len(read.adapters)),
         density=make_density(options.pop("density")),
+        parameters=make_parameters(options.pop("parameters")),
         max_shard_bytes=options.pop("max_shard_size", None),
         **options,
     )
@@ -311,7 +312,7 @@ EVERY_FIELD = Recipe(
     normalize=True,
     space="delta",
     density=0.5,
-    gamma=0.2,
+    parameters=(("gamma", 0.2),),
     rank=3,
     majority_sign="frequency",
     clamp=0.9,

@@ -642,9 +642,9 @@ OPTIONS = (
     | {
         f"gamma {gamma}": Refusal(
             R,
-            ("gamma", "[0, 1]", str(gamma)),
-            options={"method": "breadcrumbs", "density": 0.5, "gamma": gamma},
-            facts={"option": "gamma"},
+            ("gamma", "number" if math.isnan(gamma) else "[0, 1]", str(gamma)),
+            options={"method": "breadcrumbs", "density": 0.5, "parameters": {"gamma": gamma}},
+            facts={"option": "parameters"},
         )
         for gamma in (-0.1, 1.01, math.nan)
     }
@@ -652,14 +652,26 @@ OPTIONS = (
         "gamma and density above 1": Refusal(
             R,
             ("0.9", "0.2", "at most 1"),
-            options={"method": "breadcrumbs", "density": 0.9, "gamma": 0.2},
-            facts={"option": "gamma"},
+            options={"method": "breadcrumbs", "density": 0.9, "parameters": {"gamma": 0.2}},
+            facts={"option": "parameters"},
         ),
         "a gamma that does not go": Refusal(
             R,
             ("gamma", "ties"),
-            options={"method": "ties", "density": 0.9, "gamma": 0.01},
-            facts={"option": "gamma"},
+            options={"method": "ties", "density": 0.9, "parameters": {"gamma": 0.01}},
+            facts={"option": "parameters"},
+        ),
+        "parameters that are no mapping": Refusal(
+            R,
+            ("parameters", "mapping"),
+            options={"method": "breadcrumbs", "density": 0.5, "parameters": [0.1]},
+            facts={"option": "parameters"},
+        ),
+        "a parameter that is no number": Refusal(
+            R,
+            ("gamma", "number", "much"),
+            options={"method": "breadcrumbs", "density": 0.5, "parameters": {"gamma": "much"}},
+            facts={"option": "parameters"},
         ),
     }
     | {

@@ -207,11 +207,10 @@ def _masks(case: Case, here: Present, tensor: str, shape: tuple[int, int]) -> li
 
 
 def _common(case: Case) -> dict[str, Any]:
-    gamma = case.options.get("gamma")
     return {
         "density": case.options.get("density"),
         "majority_sign": case.options.get("majority_sign", "total"),
-        "gamma": 0.01 if gamma is None else gamma,
+        "parameters": dict(case.options.get("parameters", ())),
     }
 
 
@@ -233,7 +232,7 @@ def _is_decided(
         stored = case.space == "factor" and (
             compute == "float64" or all(adapter.dtype != "F64" for adapter in held)
         )
-        gamma = _common(case)["gamma"] if case.rule == "breadcrumbs" else 0.0
+        gamma = _common(case)["parameters"].get("gamma", 0.0)
         cuts = [density + gamma] + ([gamma] if gamma else [])
         with np.errstate(invalid="ignore"):
             gaps = [restated.pruning_gap(x, share) for x in tensors for share in cuts]

@@ -109,10 +109,9 @@ def make_case(random: Random) -> Case:
     if rule.needs_density:
         options["density"] = random.choice((*DENSITIES, random.random()))
     if rule.sparsity == "middle":
-        options["gamma"] = (
-            random.choice((None, 0.0, random.random())) if random.random() < 0.9 else 1
-        )
-        options["density"] = min(options["density"], 1 - (options["gamma"] or 0.01))
+        gamma = random.choice((0.01, 0.0, random.random())) if random.random() < 0.9 else 1.0
+        options["parameters"] = (("gamma", gamma),)
+        options["density"] = min(options["density"], 1 - gamma)
     if rule.elects:
         options["majority_sign"] = random.choice(("total", "frequency"))
     if SPACES[space].truncates:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from streammerge.catalog import METHODS, RULES, SPACES, SpaceSpec
+from streammerge.catalog import METHODS, RULES, SPACES, Parameter, SpaceSpec
 from streammerge.cli.console import facts, say, say_json, table
 
 EXAMPLES = """\b
@@ -32,11 +32,34 @@ def methods(as_json: bool) -> None:
         )
     header = ("method", "rule", "space", "needs", "what the rule does", "source")
     if as_json:
-        say_json([dict(zip(header, row, strict=True)) for row in rows])
+        say_json([dict(zip(header, row, strict=True)) | _parameters(str(row[0])) for row in rows])
         return
     say(*table(rows, header), "")
-    about = [(f"space {space.name}:", _about(space)) for space in SPACES.values()]
-    say(*facts([*about, ("any rule:", "in any space by --space; but exact is for sums alone")]))
+    about: list[tuple[str, object]] = [
+        (f"space {space.name}:", _about(space)) for space in SPACES.values()
+    ]
+    about += [("any rule:", "in any space by --space; but exact is for sums alone")]
+    for owner, parameters in _owners():
+        about += [
+            (f"{one.name} ({owner}):", f"{one.about}; {one.default:g} unless --parameters say so")
+            for one in parameters
+        ]
+    say(*facts(about))
+
+
+def _owners() -> list[tuple[str, tuple[Parameter, ...]]]:
+    """Return what takes parameters, by name."""
+    return [
+        *((rule.name, rule.parameters) for rule in RULES.values()),
+        *((space.name, space.parameters) for space in SPACES.values()),
+    ]
+
+
+def _parameters(name: str) -> dict[str, dict[str, float]]:
+    """Return what a method's parameters are when they are not given, for machines."""
+    method = METHODS[name]
+    takes = (*RULES[method.rule].parameters, *SPACES[method.space].parameters)
+    return {"parameters": {one.name: one.default for one in takes}}
 
 
 def _about(space: SpaceSpec) -> str:

@@ -66,6 +66,27 @@ class Density(Numbers):
         return found[0] if len(found) == 1 else found
 
 
+class Parameters(click.ParamType[dict[str, float]]):
+    """Numbers by name, like gamma=0.02,beta=0.5."""
+
+    name = "NAME=VALUE,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> dict[str, float]:
+        """Return the numbers by name."""
+        found: dict[str, float] = {}
+        for part in value.split(","):
+            name, equals, number = (word.strip() for word in part.partition("="))
+            if not name or not equals or name in found:
+                self.fail(f"{value!r} is not of the form NAME=VALUE,NAME=VALUE", param, ctx)
+            try:
+                found[name] = float(number)
+            except ValueError:
+                self.fail(f"{name} must be a number, not {number!r}", param, ctx)
+        return found
+
+
 class Scaling(Word):
     """The words config and tensor, or a number."""
 
@@ -103,10 +124,10 @@ _RULE = (
         "all adapters, or one for each.",
     ),
     click.option(
-        "--gamma",
-        type=float,
-        metavar="SHARE",
-        help="Share of the largest elements that breadcrumbs drops, 0 to 1.  [default: 0.01]",
+        "--parameters",
+        type=Parameters(),
+        help="What the method takes besides these, as `streammerge methods` lists it, like "
+        "gamma=0.02.",
     ),
     click.option("--normalize", is_flag=True, help="Divide the weights by their sum."),
     click.option(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -56,7 +56,8 @@ class RuleOptions:
 
     rule: str
     majority_sign: str
-    gamma: float = 0.0
+    parameters: Mapping[str, float]
+    """That the catalog names, each with its value."""
 
 
 class MergedTiles:
@@ -110,6 +111,7 @@ class MergedTiles:
                     random=lambda: self._go_over(space, t, "random"),
                     weights=self._operands.weights,
                     majority_sign=options.majority_sign,
+                    parameters=options.parameters,
                     out=out[: stop - start],
                     spare=lambda k: space.spare(k)[: stop - start],
                 )
@@ -156,9 +158,9 @@ class MergedTiles:
         return self._find_cut(i, whole, Here(whole, 1, map))
 
     def _find_cut(self, i: int, stream: Stream, over: Over) -> Cut:
-        density, gamma = self._operands.densities[i], self._options.gamma
+        density = self._operands.densities[i]
         if RULES[self._options.rule].sparsity == "middle":
-            return find_band(stream, gamma, density, over)
+            return find_band(stream, self._options.parameters["gamma"], density, over)
         return find_threshold(stream, density, over)
 
     def _drop_(self, space: _Workspace, i: int, t: int, x: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from streammerge.adapter import PEFT, Adapter
-from streammerge.catalog import OUTLIERS, RuleSpec
+from streammerge.catalog import RuleSpec
 from streammerge.errors import IncompatibleError, RecipeError
 from streammerge.planner.align import Alignment
 from streammerge.plans import Sources
@@ -31,18 +31,20 @@ def check_range(adapters: Sequence[Adapter], sources: Sources, dtype: str) -> No
         )
 
 
-def check_shares(sources: Sources, rule: RuleSpec, gamma: float | None) -> None:
+def check_shares(sources: Sources, rule: RuleSpec, parameters: Mapping[str, float]) -> None:
     """Check that what is kept and what is dropped as outliers are no more than all.
 
     Raises:
         RecipeError: they are more.
     """
-    dropped, kept = OUTLIERS if gamma is None else gamma, float(sources.density.max())
-    if rule.sparsity == "middle" and kept + dropped > 1:
+    if rule.sparsity != "middle":
+        return
+    dropped, kept = parameters["gamma"], float(sources.density.max())
+    if kept + dropped > 1:
         raise RecipeError(
             f"{rule.name} cannot keep {kept:g} of the elements and drop {dropped:g} of them as "
             "outliers; density and gamma are at most 1 together",
-            option="gamma",
+            option="parameters",
         )
 
 

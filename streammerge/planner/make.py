@@ -62,6 +62,7 @@ def make_plan(
         RefusedError: a subclass of it says why the merge cannot be done.
     """
     rule, space = resolve_method(recipe)
+    parameters = resolve_parameters(recipe, rule, space)
     notices = [notice for adapter in adapters for notice in adapter.notices]
     check_extras(adapters, recipe.extras)
     notices += check_bases(adapters, recipe)
@@ -69,7 +70,7 @@ def make_plan(
     alignment = align(adapters, recipe.include, recipe.exclude)
     sources = resolve(alignment, scaling, recipe)
     check_range(adapters, sources, recipe.compute_dtype)
-    check_shares(sources, rule, recipe.gamma)
+    check_shares(sources, rule, parameters)
     check_shapes(adapters, alignment, equal_ranks=space.equal_ranks)
     dtype = output_dtype(adapters, alignment, recipe.dtype)
     stored = STORED_NAMES[dtype]
@@ -105,6 +106,7 @@ def make_plan(
         recipe=recipe.to_dict(),
         rule=rule.name,
         space=space.name,
+        parameters=parameters,
         dtype=dtype,
         tasks=tasks,
         sources=with_extras(sources, extra.tensors),
@@ -154,14 +156,36 @@ def resolve_method(recipe: Recipe) -> tuple[RuleSpec, SpaceSpec]:
     return rule, space
 
 
+def resolve_parameters(recipe: Recipe, rule: RuleSpec, space: SpaceSpec) -> dict[str, float]:
+    """Return the value of every parameter of the rule and of the space.
+
+    Raises:
+        RecipeError: one that was given is out of its range, or is none of theirs.
+    """
+    known = {parameter.name: parameter for parameter in (*rule.parameters, *space.parameters)}
+    values = {name: parameter.default for name, parameter in known.items()}
+    for name, value in recipe.parameters:
+        if name not in known:
+            what = f"{rule.name} in space {space.name}"
+            takes = f"takes {', '.join(known)}" if known else "takes no parameters"
+            raise RecipeError(f"{name} does not go with {what}, which {takes}", option="parameters")
+        parameter = known[name]
+        if not parameter.takes(value):
+            kind = "an integer in" if parameter.whole else "in"
+            raise RecipeError(
+                f"{name} must be {kind} [{parameter.low:g}, {parameter.high:g}], not {value:g}",
+                option="parameters",
+            )
+        values[name] = value
+    return values
+
+
 def _check_options(recipe: Recipe, rule: RuleSpec, space: SpaceSpec) -> None:
     what = f"{rule.name} in space {space.name}"
     if rule.needs_density and recipe.density is None:
         raise RecipeError(f"{what} needs a density in [0, 1]", option="density")
     if not rule.needs_density and recipe.density is not None:
         raise RecipeError(f"density does not go with {what}, which keeps all", option="density")
-    if rule.sparsity != "middle" and recipe.gamma is not None:
-        raise RecipeError(f"gamma does not go with {what}, which keeps outliers", option="gamma")
     if rule.elects and recipe.normalize:
         raise RecipeError(
             f"normalize does not go with {what}, which divides by how many agree, not by their "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,8 @@ class Tile:
     weights: Sequence[float]
     majority_sign: str
     """"total": the sign of the sum; "frequency": the sign that more of them have."""
+    parameters: Mapping[str, float]
+    """Those that the catalog says the rule takes, by name."""
     out: torch.Tensor
     """Where the answer goes. All tensors of a tile are flat and of this size."""
     spare: Callable[[int], torch.Tensor]

@@ -15,7 +15,6 @@ import torch
 
 from streammerge.adapter import Adapter, TensorFile
 from streammerge.budget import AUTO, CPU, HEADROOM, Device, resident_bytes, round_process
-from streammerge.catalog import OUTLIERS
 from streammerge.errors import RecipeError
 from streammerge.hub import Ranges, Span
 from streammerge.kernels.bases import left_basis
@@ -82,10 +81,7 @@ class Job:
         recipe = plan.recipe
         self.dtype: torch.dtype = getattr(torch, recipe["compute_dtype"])
         self.output_dtype: torch.dtype = getattr(torch, plan.dtype)
-        gamma = recipe["gamma"]
-        self.options = RuleOptions(
-            plan.rule, recipe["majority_sign"], OUTLIERS if gamma is None else float(gamma)
-        )
+        self.options = RuleOptions(plan.rule, recipe["majority_sign"], plan.parameters)
 
     def window(self, file: TensorFile, offset: int, nbytes: int) -> Bytes:
         """Return stored bytes of an input.

@@ -7,7 +7,7 @@ with both factors as matrices: B is m x r, A is r x n, and its delta is (B A) * 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +129,7 @@ def apply_rule(
     density: float | None = None,
     majority_sign: str = "total",
     masks: Sequence[Mask] | None = None,
-    gamma: float = 0.01,
+    parameters: Mapping[str, float] = {},
 ) -> Matrix:
     """One element-wise rule on N tensors of one shape."""
     if rule == "linear":
@@ -139,7 +139,7 @@ def apply_rule(
         assert masks is not None
         pruned = [prune_by_mask(x, keep, density) for x, keep in zip(tensors, masks, strict=True)]
     elif rule == "breadcrumbs":
-        pruned = [prune_to_crumbs(x, density, gamma) for x in tensors]
+        pruned = [prune_to_crumbs(x, density, parameters["gamma"]) for x in tensors]
     else:
         pruned = [prune_by_magnitude(x, density) for x in tensors]
     if rule in ("ties", "dare_ties"):
@@ -156,7 +156,7 @@ def merge_factors(
     density: float | None = None,
     majority_sign: str = "total",
     masks: FactorMasks | None = None,
-    gamma: float = 0.01,
+    parameters: Mapping[str, float] = {},
 ) -> tuple[Matrix, Matrix]:
     """(A, B) of `cat` or of a method in factor space."""
     q = [weight * source.scaling for weight, source in zip(weights, sources, strict=True)]
@@ -166,7 +166,7 @@ def merge_factors(
     assert method in (*FACTOR_METHODS, "breadcrumbs"), method
     on_b = [math.sqrt(abs(q_i)) for q_i in q]
     on_a = [root if q_i >= 0 else -root for root, q_i in zip(on_b, q, strict=True)]
-    shared = {"density": density, "majority_sign": majority_sign, "gamma": gamma}
+    shared = {"density": density, "majority_sign": majority_sign, "parameters": parameters}
     masks_a, masks_b = (masks.a, masks.b) if masks else (None, None)
     a = apply_rule(method, [s.a for s in sources], on_a, masks=masks_a, **shared)
     b = apply_rule(method, [s.b for s in sources], on_b, masks=masks_b, **shared)
