@@ -55,6 +55,24 @@ class RuleSpec:
     """Arithmetic operations for each element of each of the N tensors."""
     parameters: tuple[Parameter, ...] = ()
     """Numbers that it takes besides weights and density."""
+    most_adapters: int | None = None
+    """How many adapters may have a target at most."""
+    shares: bool = False
+    """Whether it goes by each weight's share of their sum, which must not be zero then."""
+
+    @property
+    def spaces(self) -> tuple[str, ...]:
+        """The spaces that it goes with.
+
+        Only a weighted sum has an exact pair, whether the weights are given or found. What a
+        coefficient rule sees is the same in all orthonormal bases of the deltas, and a spectral
+        rule has bases of its own, so both go with the deltas themselves.
+        """
+        if self.kind == "coefficient":
+            return ("exact", "delta")
+        if self.kind == "spectral":
+            return ("delta",)
+        return tuple(name for name in SPACES if name != "exact" or self.name == "linear")
 
     @property
     def needs_density(self) -> bool:
@@ -79,6 +97,8 @@ class SpaceSpec:
     """Whether the result is cut to a rank, so that `rank` and `clamp` make sense."""
     source: str
     """The paper, or where else it was defined."""
+    spans: bool = True
+    """Whether it holds the deltas whole, so that a weighted sum is the same in it as of them."""
     parameters: tuple[Parameter, ...] = ()
     """Numbers that it takes."""
 
@@ -155,6 +175,63 @@ RULES: dict[str, RuleSpec] = {
                 Parameter("gamma", 0.01, 0.0, 1.0, "share of the largest elements that it drops"),
             ),
         ),
+        RuleSpec(
+            name="slerp",
+            kind="coefficient",
+            summary="from one delta to another along the arc between them",
+            source="Shoemake 1985",
+            most_adapters=2,
+            shares=True,
+        ),
+        RuleSpec(
+            name="multislerp",
+            kind="coefficient",
+            summary="one step along the sphere from the mean direction, at the mean norm",
+            source="Goddard et al. 2024, arXiv 2403.13257 (mergekit)",
+            shares=True,
+        ),
+        RuleSpec(
+            name="karcher",
+            kind="coefficient",
+            summary="the Karcher mean of the directions, at the mean norm",
+            source="Karcher 1977",
+            shares=True,
+        ),
+        RuleSpec(
+            name="model_stock",
+            kind="coefficient",
+            summary="the mean, the nearer to zero the less the deltas agree",
+            source="Jang et al. 2024, arXiv 2403.19522",
+            shares=True,
+        ),
+        RuleSpec(
+            name="norm_matched",
+            kind="coefficient",
+            summary="the mean, brought to the mean norm of the deltas",
+            source="streammerge",
+            shares=True,
+        ),
+        RuleSpec(
+            name="tsv",
+            kind="spectral",
+            summary="all singular vectors side by side, made orthonormal",
+            source="Gargiulo et al. 2024, arXiv 2412.00081",
+        ),
+        RuleSpec(
+            name="iso_c",
+            kind="spectral",
+            summary="the sum, with one singular value for all of its directions",
+            source="Marczak et al. 2025, arXiv 2502.04959",
+        ),
+        RuleSpec(
+            name="iso_cts",
+            kind="spectral",
+            summary="directions of the sum and of each adapter alone, with one singular value",
+            source="Marczak et al. 2025, arXiv 2502.04959",
+            parameters=(
+                Parameter("common", 0.8, 0.0, 1.0, "share of the directions that are the sum's"),
+            ),
+        ),
     )
 }
 
@@ -198,6 +275,20 @@ SPACES: dict[str, SpaceSpec] = {
             truncates=True,
             source="Stoica et al. 2024, arXiv 2410.19735",
         ),
+        SpaceSpec(
+            name="ctm",
+            summary="the rule on the deltas' coordinates in two bases of the output's rank that "
+            "they share",
+            equal_ranks=False,
+            truncates=True,
+            spans=False,
+            source="He et al. 2026, arXiv 2606.03723",
+            parameters=(
+                Parameter(
+                    "beta", 0.25, 0.0, 1.0, "how far the bases go by each delta's own norm: 0, not"
+                ),
+            ),
+        ),
     )
 }
 
@@ -216,6 +307,15 @@ METHODS: dict[str, Method] = {
         Method("magnitude_prune", "magnitude_prune", "factor"),
         Method("magnitude_prune_svd", "magnitude_prune", "delta"),
         Method("breadcrumbs", "breadcrumbs", "delta"),
+        Method("slerp", "slerp", "delta"),
+        Method("multislerp", "multislerp", "delta"),
+        Method("karcher", "karcher", "delta"),
+        Method("model_stock", "model_stock", "delta"),
+        Method("norm_matched", "norm_matched", "delta"),
+        Method("tsv", "tsv", "delta"),
+        Method("iso_c", "iso_c", "delta"),
+        Method("iso_cts", "iso_cts", "delta"),
+        Method("ctm", "linear", "ctm"),
     )
 }
 """PEFT's eleven combination types, and what others call by a name of its own."""

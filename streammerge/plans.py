@@ -30,6 +30,8 @@ Route = Literal[
     "krylov",
     "left_basis",
     "both_bases",
+    "shared_bases",
+    "spectral",
     "copy",
     "mean",
     "bias",
@@ -41,7 +43,8 @@ Gram matrices of the stacked factors; sum: block Krylov on the factors of a weig
 of adapters after another; dense: the merged matrix as a whole and its SVD; krylov: block Krylov on
 the tiles of the merged matrix; left_basis: a basis of the columns of all deltas, and one of the two
 before on the matrix of coordinates in it; both_bases: the same in a basis of the columns of all B's
-and one of the rows of all A's.
+and one of the rows of all A's; shared_bases: the same in two bases of the output's rank in which
+all deltas together keep the most; spectral: from the singular triples of the deltas.
 Or, of a tensor that is no factor, copy: the bytes of the first source, which those of others have
 to be; mean: by the adapters' weights; bias: the weighted sum of what is added to deltas."""
 

@@ -21,6 +21,10 @@ over all of them in order, so that they come out the same however many are worke
 GROUP_ELEMENTS = 2**20
 """Elements of the factors that are stacked for a pass over them, unless one source has more."""
 
+INNER_ELEMENTS = 2**23
+"""Elements of the factors that are stacked for inner products with those of other sources, unless
+one source has more: what is stacked meets every other stack."""
+
 GRAM_BLOCK = 64
 """Columns of a block of a Gram matrix, at least; blocks are what cores share."""
 
@@ -110,10 +114,19 @@ def factor_groups(ranks: Sequence[int], sides: int) -> list[range]:
         ranks: of the sources.
         sides: m + n of the target.
     """
+    return _groups(ranks, sides, GROUP_ELEMENTS)
+
+
+def inner_groups(ranks: Sequence[int], sides: int) -> list[range]:
+    """Return which sources' factors are stacked for inner products; as `factor_groups`."""
+    return _groups(ranks, sides, INNER_ELEMENTS)
+
+
+def _groups(ranks: Sequence[int], sides: int, size: int) -> list[range]:
     groups: list[range] = []
-    filled = GROUP_ELEMENTS
+    filled = size
     for source, rank in enumerate(ranks):
-        if filled + rank * sides > GROUP_ELEMENTS:
+        if filled + rank * sides > size:
             groups.append(range(source, source))
             filled = 0
         groups[-1] = range(groups[-1].start, source + 1)

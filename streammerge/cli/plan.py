@@ -163,7 +163,8 @@ def _kept(plan: Plan) -> str:
     """Say where the tiles of merged matrices are kept between the passes over them."""
     from streammerge.tiling import row_tiles
 
-    in_bases = [task for task in plan.tasks if task.route in ("left_basis", "both_bases")]
+    routes = ("left_basis", "both_bases", "shared_bases")
+    in_bases = [task for task in plan.tasks if task.route in routes]
     if in_bases:
         held = sum(task.resident for task in in_bases)
         return f"coordinates in bases, {held} tiles of them held in memory"

@@ -59,7 +59,7 @@ def left_basis(
     """
     make = _by_grams if stack.dtype == torch.float32 else _by_qr
     vectors, values = make(stack, widths, roots, each)
-    return Basis(_sign_(vectors), _gap(values))
+    return Basis(sign_(vectors), smallest_gap(values))
 
 
 def _by_grams(
@@ -157,7 +157,7 @@ def _count(values: torch.Tensor, dtype: torch.dtype) -> int:
     return int(torch.count_nonzero(values > ROUNDING[dtype] * largest))
 
 
-def _sign_(vectors: torch.Tensor) -> torch.Tensor:
+def sign_(vectors: torch.Tensor) -> torch.Tensor:
     """Turn columns, in place, so that the first of the largest entries of each is positive."""
     for block in torch.split(vectors, max(1, SIGNED // len(vectors)), dim=1):
         sizes = block.abs()
@@ -167,7 +167,8 @@ def _sign_(vectors: torch.Tensor) -> torch.Tensor:
     return vectors
 
 
-def _gap(values: torch.Tensor) -> float:
+def smallest_gap(values: torch.Tensor) -> float:
+    """Return the smallest distance of falling values to the next, over the larger; 1 of one."""
     if len(values) < 2:
         return 1.0
     return float(((values[:-1] - values[1:]) / values[:-1]).min())

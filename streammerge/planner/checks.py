@@ -48,6 +48,28 @@ def check_shares(sources: Sources, rule: RuleSpec, parameters: Mapping[str, floa
         )
 
 
+def check_sources(sources: Sources, alignment: Alignment, rule: RuleSpec) -> None:
+    """Check that a rule can do with each target's adapters and their weights.
+
+    Raises:
+        RecipeError: there are too many, or weights that are shared out add up to zero.
+    """
+    for group in alignment.groups:
+        count = group.last - group.first
+        if rule.most_adapters is not None and count > rule.most_adapters:
+            raise RecipeError(
+                f"{group.target}: {rule.name} takes {rule.most_adapters} adapters, and {count} "
+                "have it; multislerp and karcher take any number",
+                option="method",
+            )
+        if rule.shares and float(sources.weight[group.first : group.last].sum()) == 0.0:
+            raise RecipeError(
+                f"{group.target}: {rule.name} goes by each weight's share of their sum, which is "
+                "zero",
+                option="weights",
+            )
+
+
 def check_bases(adapters: Sequence[Adapter], recipe: Recipe) -> list[str]:
     """Compare what the configs say of the base; only strict_base makes a difference an error."""
     without = [a for a in adapters if a.config is None and a.dialect == PEFT]

@@ -23,6 +23,17 @@ def arithmetic(course: Course, rule: RuleSpec, shape: Shape) -> int:
     """Return the floating-point operations of a task, about."""
     if course.route in COORDINATES.values():
         return _bases(course, shape) + _formed(course, rule, seen_shape(course.route, shape))
+    if rule.kind == "coefficient":
+        return _inner(shape) + _direct(course, rule, shape)
+    return _direct(course, rule, shape)
+
+
+def _inner(shape: Shape) -> int:
+    """Return what the inner products of all sources take."""
+    return (shape.m + shape.n) * shape.total_rank**2
+
+
+def _direct(course: Course, rule: RuleSpec, shape: Shape) -> int:
     m, n, k, sources = shape.m, shape.n, shape.total_rank, len(shape.ranks)
     from_factors = {
         "concatenate": k * (m + n),
@@ -30,6 +41,7 @@ def arithmetic(course: Course, rule: RuleSpec, shape: Shape) -> int:
         "core": 4 * (m + n) * k * k + 20 * min(k, shape.small) ** 3,
         "gram": 2 * (m + n) * k * k + 20 * k**3,
         "sum": course.passes * 4 * k * (m + n) * course.block,
+        "spectral": 4 * (m + n) * k * k + 40 * min(k, shape.small) ** 3,
         "copy": m * n,
         "mean": 3 * m * n * sources,
         "bias": 2 * m * n * sources,
@@ -53,6 +65,8 @@ def _formed(course: Course, rule: RuleSpec, shape: Shape) -> int:
 def _bases(course: Course, shape: Shape) -> int:
     """Return what bases take, the coordinates of factors in them, and bringing a pair back."""
     k = shape.total_rank
+    if course.route == "shared_bases":
+        return (shape.m + shape.n) * k * (k + 4 * shape.rank) + 20 * k**3 + 200 * k * k * shape.rank
     sides = (shape.m,) if course.route == "left_basis" else (shape.m, shape.n)
     orders = [min(side, k) for side in sides]
     return sum(

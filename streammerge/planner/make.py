@@ -20,7 +20,13 @@ from streammerge.budget import ON_CPU, Budget, Device
 from streammerge.catalog import METHODS, RULES, SPACES, RuleSpec, SpaceSpec
 from streammerge.errors import RecipeError
 from streammerge.planner.align import Alignment, align, check_shapes, gather
-from streammerge.planner.checks import check_bases, check_range, check_shares, partial_targets
+from streammerge.planner.checks import (
+    check_bases,
+    check_range,
+    check_shares,
+    check_sources,
+    partial_targets,
+)
 from streammerge.planner.extra_terms import Terms
 from streammerge.planner.extras import check_extras, extra_drafts, plan_extras
 from streammerge.planner.fit import fit, plan_task
@@ -71,6 +77,7 @@ def make_plan(
     sources = resolve(alignment, scaling, recipe)
     check_range(adapters, sources, recipe.compute_dtype)
     check_shares(sources, rule, parameters)
+    check_sources(sources, alignment, rule)
     check_shapes(adapters, alignment, equal_ranks=space.equal_ranks)
     dtype = output_dtype(adapters, alignment, recipe.dtype)
     stored = STORED_NAMES[dtype]
@@ -146,10 +153,9 @@ def resolve_method(recipe: Recipe) -> tuple[RuleSpec, SpaceSpec]:
             f"unknown space {recipe.space!r}; there are {', '.join(SPACES)}", option="space"
         )
     rule = RULES[method.rule]
-    if space.name == "exact" and rule.name != "linear":
+    if space.name not in rule.spaces:
         raise RecipeError(
-            f"only a weighted sum has an exact pair; {rule.name} goes with "
-            f"{', '.join(name for name in SPACES if name != space.name)}",
+            f"{rule.name} does not go with space {space.name}, but with {', '.join(rule.spaces)}",
             option="space",
         )
     _check_options(recipe, rule, space)

@@ -16,7 +16,9 @@ from streammerge.tiling import (
     factor_groups,
     factor_rows,
     flat_tiles,
+    gram_blocks,
     gram_rows,
+    inner_groups,
     longest,
     row_tiles,
 )
@@ -97,9 +99,15 @@ def project(course: Course, rule: RuleSpec, shape: Shape, holding: Holding) -> i
         "bias": lambda: _averaged(shape),
         "left_basis": lambda: _in_bases(rule, shape, course, holding),
         "both_bases": lambda: _in_bases(rule, shape, course, holding),
+        "shared_bases": lambda: _in_shared_bases(rule, shape, course, holding),
+        "spectral": lambda: _spectral(shape, course, lanes),
     }
+    held = parts[course.route]()
+    if rule.kind == "coefficient":
+        # What inner products take is free again before the sum is begun.
+        held = max(held, _inner(shape, lanes))
     picking = lanes * turned_bytes(shape)
-    return parts[course.route]() + picking + SLACK_BYTES + (lanes - 1) * LANE_BYTES
+    return held + picking + SLACK_BYTES + (lanes - 1) * LANE_BYTES
 
 
 def project_team(shape: Shape, course: Course) -> int:
@@ -184,6 +192,59 @@ def _gram(shape: Shape, lanes: int) -> int:
     reading = 2 * max(shape.ranks) * max(shape.m, shape.n) * (shape.item + shape.stored_item)
     rows = longest(gram_rows(max(shape.m, shape.n)))
     return stacks + 9 * k * k * DOUBLE + max(reading, lanes * 2 * rows * k * DOUBLE) + _pair(shape)
+
+
+def _inner(shape: Shape, lanes: int) -> int:
+    """The stacks of two groups, a factor as it is read; two products of theirs, and what they are
+    added up by; rows in float64."""
+    sides = shape.m + shape.n
+    groups = inner_groups(shape.ranks, sides)
+    columns = max(sum(shape.ranks[i] for i in group) for group in groups)
+    stacks = min(2, len(groups)) * columns * sides * shape.item
+    reading = max(shape.ranks) * max(shape.m, shape.n) * (shape.item + shape.stored_item)
+    rows = longest(gram_rows(max(shape.m, shape.n)))
+    block = longest(gram_blocks(columns))
+    working = max(reading, lanes * rows * 2 * block * DOUBLE)
+    count = len(shape.ranks)
+    return stacks + 3 * columns * columns * DOUBLE + working + 4 * count * count * DOUBLE
+
+
+def _spectral(shape: Shape, course: Course, lanes: int) -> int:
+    """Singular vectors of all sources side by side, one source's as they are found in float64, one
+    side made orthonormal, with Gram matrices and what LAPACK works in; or what truncates them."""
+    k, sides = shape.total_rank, shape.m + shape.n
+    stacks = k * sides * shape.item
+    largest, longer = max(shape.ranks), max(shape.m, shape.n)
+    finding = 6 * largest * sides * DOUBLE + (shape.rank * shape.m * (DOUBLE + shape.item))
+    order = max(min(k, side) for side in (shape.m, shape.n))
+    rows = longest(gram_rows(longer))
+    turning = k * longer * shape.item + 5 * order * order * DOUBLE
+    turning += lanes * 2 * rows * k * DOUBLE
+    if course.passes:
+        truncating = _krylov(shape, course, lanes) + 3 * longer * PROBES * shape.item
+        truncating += 2 * (k + longer) * (course.block + PROBES) * shape.item
+    elif shape.item != DOUBLE and k <= shape.small:
+        truncating = _gram(shape, lanes) - stacks
+    else:
+        truncating = _core(shape) - stacks
+    return stacks + max(finding, turning, truncating) + _pair(shape)
+
+
+def _in_shared_bases(rule: RuleSpec, shape: Shape, course: Course, holding: Holding) -> int:
+    """The stacked factors and their Gram matrices; one of them turned, with its eigenvectors and
+    what LAPACK works in; afterwards the bases, and the coordinates in them."""
+    k, sides, r = shape.total_rank, shape.m + shape.n, shape.rank
+    stacks = k * sides * shape.item
+    rows = longest(gram_rows(max(shape.m, shape.n)))
+    reading = 2 * max(shape.ranks) * max(shape.m, shape.n) * (shape.item + shape.stored_item)
+    blocks = 3 * sum(rank * rank for rank in shape.ranks) * DOUBLE
+    working = max(4 * k * k * DOUBLE + blocks, holding.lanes * 2 * rows * max(k, r) * DOUBLE)
+    iterating = 8 * k * r * DOUBLE + 2 * len(shape.ranks) * r * r * DOUBLE
+    finding = stacks + 2 * k * k * DOUBLE + max(reading, working) + iterating
+    seen = seen_shape(course.route, shape)
+    merging = 2 * r * k * shape.item + _coordinates(rule, seen, course, holding)
+    projecting = holding.lanes * reading * 2 + 2 * r * k * shape.item
+    return r * sides * shape.item + max(finding, merging, projecting) + _pair(shape)
 
 
 def _sum(shape: Shape, course: Course, holding: Holding) -> int:

@@ -43,7 +43,11 @@ SUM_SECONDS = 3.5e-11
 SUM_PASSES = 10
 """Passes that an iteration on factors takes, about."""
 
-COORDINATES: dict[str, Route] = {"core": "both_bases", "knots": "left_basis"}
+COORDINATES: dict[str, Route] = {
+    "core": "both_bases",
+    "knots": "left_basis",
+    "ctm": "shared_bases",
+}
 """Spaces in which a rule sees coordinates in bases of all adapters' factors, and their routes."""
 
 PROBES = 8
@@ -108,10 +112,15 @@ def choose_course(rule: RuleSpec, space: SpaceSpec, shape: Shape) -> Course:
         return Course("concatenate")
     if space.name == "factor":
         return Course("fold")
-    linear = rule.name == "linear"
-    if space.name in COORDINATES and not linear:
+    summed = rule.name == "linear" or rule.kind == "coefficient"
+    if space.name in COORDINATES and not (summed and space.spans):
         return _in_bases(COORDINATES[space.name], shape)
-    return _of_deltas(shape, linear=linear)
+    if rule.kind == "spectral":
+        # What it takes the triples of is made of as many columns as a weighted sum.
+        course = _of_deltas(shape, linear=True)
+        iterated = course.route == "sum"
+        return Course("spectral", *((course.block, course.passes) if iterated else ()))
+    return _of_deltas(shape, linear=summed)
 
 
 def _in_bases(route: Route, shape: Shape) -> Course:
@@ -141,6 +150,8 @@ def seen_shape(route: Route, shape: Shape) -> Shape:
     """
     if route not in COORDINATES.values():
         return shape
+    if route == "shared_bases":
+        return replace(shape, m=shape.rank, n=shape.rank)
     height = min(shape.m, shape.total_rank)
     width = min(shape.n, shape.total_rank) if route == "both_bases" else shape.n
     return replace(shape, m=height, n=width)

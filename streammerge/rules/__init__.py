@@ -1,23 +1,42 @@
 """Rules: how N tensors become one. One file and one pure function each, registered below.
 
-What a rule is called, needs and costs stands in the catalog under the same name.
+What a rule is called, needs and costs stands in the catalog under the same name. The kinds differ
+in what they see: a tile of all tensors, the deltas' inner products, or their singular triples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from streammerge.rules.breadcrumbs import breadcrumbs
 from streammerge.rules.dare_linear import dare_linear
 from streammerge.rules.dare_ties import dare_ties
+from streammerge.rules.inner import Inner
+from streammerge.rules.iso_c import iso_c
+from streammerge.rules.iso_cts import iso_cts
+from streammerge.rules.karcher import karcher
 from streammerge.rules.linear import linear
 from streammerge.rules.magnitude_prune import magnitude_prune
+from streammerge.rules.model_stock import model_stock
+from streammerge.rules.multislerp import multislerp
+from streammerge.rules.norm_matched import norm_matched
+from streammerge.rules.slerp import slerp
+from streammerge.rules.spectrum import Spectrum
 from streammerge.rules.ties import ties
 from streammerge.rules.tile import Tile
+from streammerge.rules.tsv import tsv
 
 Rule = Callable[[Tile], torch.Tensor]
+"""An element-wise rule."""
+
+Coefficients = Callable[[Inner], torch.Tensor]
+"""A coefficient rule: returns what each delta is multiplied by, float64."""
+
+Spectral = Callable[[Spectrum[Any]], Any]
+"""A spectral rule: returns the leading triples of the merge."""
 
 FUNCTIONS: dict[str, Rule] = {
     "breadcrumbs": breadcrumbs,
@@ -28,4 +47,14 @@ FUNCTIONS: dict[str, Rule] = {
     "ties": ties,
 }
 
-__all__ = ["FUNCTIONS", "Rule", "Tile"]
+COEFFICIENTS: dict[str, Coefficients] = {
+    "karcher": karcher,
+    "model_stock": model_stock,
+    "multislerp": multislerp,
+    "norm_matched": norm_matched,
+    "slerp": slerp,
+}
+
+SPECTRAL: dict[str, Spectral] = {"iso_c": iso_c, "iso_cts": iso_cts, "tsv": tsv}
+
+__all__ = ["COEFFICIENTS", "FUNCTIONS", "SPECTRAL", "Inner", "Rule", "Spectrum", "Tile"]

@@ -1,4 +1,4 @@
-"""Rules on coordinates of the deltas, in bases of what all adapters span: core and knots."""
+"""Rules on coordinates of the deltas, in bases of what all adapters span: core, knots and ctm."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from streammerge.kernels.bases import Basis, left_basis, square_root
+from streammerge.kernels.shared import shared_bases
 from streammerge.lowrank import Truncation
 from streammerge.planner.routes import whole_side
 from streammerge.spaces.core import core_factors
@@ -49,11 +50,42 @@ def merge_in_left_basis(work: Work) -> Truncation:
 
 
 def merge_in_both_bases(work: Work) -> Truncation:
-    """Return the triples of what a rule makes of the cores, brought back by both bases."""
-    sources, total = work.sources, sum(_ranks(work))
+    """Return the triples of what a rule makes of the cores, in bases of all B's and all A's."""
+    total = sum(_ranks(work))
     left = left_basis(*_stacked(work, "B"), None, work.each)
     right = left_basis(*_stacked(work, "A"), None, work.each)
-    u, v = left.vectors, right.vectors
+    planned = min(work.task.m, total), min(work.task.n, total)
+    return _merge_cores(work, "core", left, right, planned)
+
+
+def merge_in_shared_bases(work: Work) -> Truncation:
+    """Return the triples of what a rule makes of the cores, in two bases of the output's rank."""
+    everyone, rank = range(len(work.sources)), work.task.rank
+    left, right = shared_bases(
+        stack(work, everyone, "B", scaled=False),
+        stack(work, everyone, "A"),
+        _ranks(work),
+        work.sources.scalings,
+        rank=rank,
+        beta=work.job.plan.parameters["beta"],
+        each=work.each,
+    )
+    return _merge_cores(work, "ctm", left, right, (rank, rank))
+
+
+def _merge_cores(
+    work: Work, name: str, left: Basis, right: Basis, planned: tuple[int, int]
+) -> Truncation:
+    """Return the triples of what a rule makes of the deltas' coordinates in two bases.
+
+    Args:
+        work: the target.
+        name: by which random bits are drawn.
+        left: of columns.
+        right: of rows.
+        planned: how many directions they have at most.
+    """
+    sources, u, v = work.sources, left.vectors, right.vectors
     if not u.shape[1] or not v.shape[1]:
         return _nothing(work, left, right)
 
@@ -61,8 +93,7 @@ def merge_in_both_bases(work: Work) -> Truncation:
         return core_factors(sources.b[i].whole(), sources.a[i].whole(), u, v)
 
     factors = list(work.each(core, range(len(sources))))
-    planned = min(work.task.m, total), min(work.task.n, total)
-    seen = Coordinates(work, "core", [b for b, _ in factors], lambda i: factors[i][1], planned)
+    seen = Coordinates(work, name, [b for b, _ in factors], lambda i: factors[i][1], planned)
     triples = _merge(work, seen)
     return replace(
         triples,

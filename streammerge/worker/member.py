@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -41,6 +41,7 @@ class Member:
         # The leader hashes what it reads, once for all.
         sources = TargetSources(job, task, job.device, job.window, hashed=False)
         self._work = Work(job, task, sources, job.device, map)
+        self._groups: list[Stacks] | None = None
 
     def work_on(self, errand: Errand, args: Sequence[Any], each: Each) -> Iterator[Any]:
         """Yield operation(part, panel, *args) of every panel of an errand.
@@ -73,15 +74,17 @@ class Member:
             return self._deltas.stream(part[1])
         if part[0] == "matrix":
             return self._deltas.matrix(part[1])
-        return self._stacks
+        return self._stacks(part[1])
 
     @cached_property
     def _deltas(self) -> MergedTensors:
         return MergedTensors(self._work, Deltas(self._work))
 
-    @cached_property
-    def _stacks(self) -> list[Stacks]:
-        return stacks_of(self._work)
+    def _stacks(self, coefficients: Sequence[float] | None) -> list[Stacks]:
+        # They are the same in every errand of a target.
+        if self._groups is None:
+            self._groups = stacks_of(replace(self._work, coefficients=coefficients))
+        return self._groups
 
 
 def packed(value: Any) -> Any:

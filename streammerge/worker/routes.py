@@ -6,16 +6,23 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from streammerge.catalog import RULES
 from streammerge.kernels.each import Each, Here, Over, Pool
 from streammerge.kernels.tiles import MergedTiles, Operands
 from streammerge.spaces.factor import factor_weights
 from streammerge.tiling import factor_rows, flat_tiles, longest, sample_step
-from streammerge.worker.coordinates import merge_in_both_bases, merge_in_left_basis
+from streammerge.worker.coefficients import with_coefficients
+from streammerge.worker.coordinates import (
+    merge_in_both_bases,
+    merge_in_left_basis,
+    merge_in_shared_bases,
+)
 from streammerge.worker.deltas import merge_deltas
 from streammerge.worker.encode import bytes_of, cast_tile, write
 from streammerge.worker.factors import FactorReader
 from streammerge.worker.pair import write_pair
 from streammerge.worker.receipt import Certificate
+from streammerge.worker.spectral import merge_spectral
 from streammerge.worker.sums import merge_core, merge_gram, merge_sum
 from streammerge.worker.work import Work, Writers
 
@@ -30,6 +37,8 @@ TRUNCATING = {
     "krylov": merge_deltas,
     "left_basis": merge_in_left_basis,
     "both_bases": merge_in_both_bases,
+    "shared_bases": merge_in_shared_bases,
+    "spectral": merge_spectral,
 }
 
 
@@ -40,6 +49,8 @@ def merge_target(work: Work, writers: Writers) -> Certificate | None:
         How good the pair is, where something was truncated.
     """
     route = work.task.route
+    if RULES[work.job.plan.rule].kind == "coefficient":
+        work = with_coefficients(work)
     if route in TRUNCATING:
         return write_pair(work, TRUNCATING[route](work), writers)
     {"concatenate": _concatenate, "fold": _fold}[route](work, writers)

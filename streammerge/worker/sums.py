@@ -61,7 +61,8 @@ def merge_sum(work: Work) -> Truncation:
     task = work.task
     start, probes = work.gaussian("krylov", task.block), work.gaussian("probes", PROBES)
     count = len(source_groups(work))
-    total = FactorSum(work.over(("groups",), lambda: stacks_of(work), count), probes)
+    part = ("groups", work.coefficients and tuple(work.coefficients))
+    total = FactorSum(work.over(part, lambda: stacks_of(work), count), probes)
     return block_krylov(total, task.rank, start, task.passes, work.each)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from streammerge.worker.job import Job
 
 Part = tuple[Any, ...]
 """What of a target is meant: ("stream", i), the tiles of delta i; ("matrix", thresholds), the
-merged matrix; ("groups",), the stacks of the sources."""
+merged matrix; ("groups", coefficients), the stacks of the sources."""
 
 
 class Team(Protocol):
@@ -51,6 +51,8 @@ class Work:
     """Goes over parts of the target, several at once where the task has the cores."""
     team: Team | None = None
     """Who has the panels, where several workers share the target."""
+    coefficients: Sequence[float] | None = None
+    """What each delta is multiplied by, where that is not its weight."""
 
     def over(self, part: Part, here: Callable[[], Any], count: int) -> Over:
         """Return the panels of a part of the target, wherever they are.
@@ -66,8 +68,9 @@ class Work:
 
     @property
     def stack_weights(self) -> list[float]:
-        """Each source's q = weight·scaling."""
-        return stack_weights(self.sources.weights, self.sources.scalings)
+        """Each source's q = weight·scaling, or coefficient·scaling."""
+        weights = self.sources.weights if self.coefficients is None else self.coefficients
+        return stack_weights(weights, self.sources.scalings)
 
     def gaussian(self, purpose: str, columns: int, rows: int | None = None) -> torch.Tensor:
         """Return an n × columns Gaussian matrix, drawn on the CPU so that all devices have it.

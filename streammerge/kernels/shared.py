@@ -1,0 +1,192 @@
+"""Two bases that all deltas share: the Tucker-2 decomposition of N matrices, from their factors.
+
+With what is looked for held as B·X and Aᵀ·Y for the factors side by side, a delta is never formed,
+nor is anything larger than the factors and their Gram matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from streammerge.kernels.bases import Basis, sign_, smallest_gap
+from streammerge.kernels.each import Each
+from streammerge.kernels.grams import gram, multiply
+
+SWEEPS = 200
+"""At most; most collections settle in 10 to 50."""
+
+SETTLED = 1e-10
+"""Columns that a sweep turns by less than this have settled."""
+
+NULL = 1e-12
+"""Squared singular values below this share of the largest are rounding."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """The factors of one side and their products with one another."""
+
+    stack: torch.Tensor
+    """B's, or turned A's, side by side: l × k."""
+    squares: torch.Tensor
+    """Their Gram matrix, k × k, float64."""
+    ranks: Sequence[int]
+    """How many columns each source has of them."""
+    counts: torch.Tensor
+    """c_t·s_t of each column, float64."""
+
+
+def shared_bases(
+    b: torch.Tensor,
+    a: torch.Tensor,
+    ranks: Sequence[int],
+    scalings: Sequence[float],
+    *,
+    rank: int,
+    beta: float,
+    each: Each,
+) -> tuple[Basis, Basis]:
+    """Return U (m × rank) and V (n × rank) in which N deltas keep the most, all at once.
+
+    They maximise Σ c_t²·‖Uᵀ·Δ_t·V‖² (He et al. 2026, arXiv 2606.03723: HOSVD, then HOOI; De
+    Lathauwer, De Moor and Vandewalle 2000). c_t brings each delta from its norm towards the mean
+    norm: ‖Δ_t‖ counts as beta·‖Δ_t‖ + (1 - beta)·mean. A half-sweep is one step of orthogonal
+    iteration, which has the same fixed points as the SVD that HOOI takes there.
+
+    In the end each basis is turned to the left singular vectors of all deltas as the other basis
+    sees them, with one order and sign.
+
+    Args:
+        b: B's side by side, m × k, without scalings.
+        a: A's one below the other, k × n.
+        ranks: of the sources.
+        scalings: of the sources.
+        rank: of the bases; fewer columns where the deltas span fewer.
+        beta: see above.
+        each: goes over blocks.
+
+    Raises:
+        FloatingPointError: a norm is not finite.
+    """
+    squares = [gram(x, each) for x in (b, a.mT)]
+    counts = _importance(squares, ranks, scalings, beta)
+    left, right = (
+        Side(stack, products, ranks, counts)
+        for stack, products in zip((b, a.mT), squares, strict=True)
+    )
+    x, y = _leading(left, right, rank), _leading(right, left, rank)
+    for _ in range(SWEEPS if x.shape[1] and y.shape[1] else 0):
+        x_next = _turned(left, right, x, y)
+        y_next = _turned(right, left, y, x_next)
+        moved = max(_distance(left, x, x_next), _distance(right, y, y_next))
+        x, y = x_next, y_next
+        if moved <= SETTLED:
+            break
+    return _basis(left, right, (x, y), each), _basis(right, left, (y, x), each)
+
+
+def _importance(
+    squares: Sequence[torch.Tensor], ranks: Sequence[int], scalings: Sequence[float], beta: float
+) -> torch.Tensor:
+    """Return c_t·s_t for every column, of each source as often as its rank says, float64."""
+    met = squares[0] * squares[1]
+    norms = torch.stack(
+        [
+            torch.split(rows, list(ranks), dim=1)[t].sum().clamp_min(0.0).sqrt()
+            for t, rows in enumerate(torch.split(met, list(ranks)))
+        ]
+    )
+    scaling = torch.tensor(list(scalings), dtype=torch.float64, device=norms.device)
+    norms = norms * scaling.abs()
+    if not bool(torch.isfinite(norms).all()):
+        raise FloatingPointError("deltas overflow: their norm is not finite")
+    wanted = beta * norms + (1 - beta) * norms.mean()
+    weights = torch.where(norms > 0, wanted / norms, 0.0) * scaling
+    return torch.repeat_interleave(weights, torch.tensor(list(ranks), device=norms.device))
+
+
+def _leading(side: Side, other: Side, rank: int) -> torch.Tensor:
+    """Return X with side.stack·X the leading left singular vectors of all deltas side by side.
+
+    [c_1·Δ_1 … c_N·Δ_N] has those of stack·L, L the roots of the blocks c_t²·A_t·A_tᵀ.
+    """
+    ranks = list(side.ranks)
+    roots = [
+        _root(torch.split(rows, ranks, dim=1)[t])
+        for t, rows in enumerate(torch.split(other.squares, ranks))
+    ]
+    parts = torch.split(side.counts, ranks)
+    roots = [part[:, None] * root for part, root in zip(parts, roots, strict=True)]
+    squares = side.squares.clone()
+    for rows, root in zip(torch.split(squares, ranks), roots, strict=True):
+        rows.copy_(root.mT @ rows)
+    for rows, root in zip(torch.split(squares, ranks, dim=1), roots, strict=True):
+        rows.copy_(rows @ root)
+    vectors: torch.Tensor
+    values, vectors = torch.linalg.eigh(squares)
+    del squares
+    values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
+    kept = int(torch.count_nonzero(values > NULL * values[0].clamp_min(0.0)))
+    chosen = vectors[:, :kept] / values[:kept].sqrt()
+    parts = torch.split(chosen, ranks)
+    return torch.cat([root @ rows for root, rows in zip(roots, parts, strict=True)])
+
+
+def _root(block: torch.Tensor) -> torch.Tensor:
+    """Return L with L·Lᵀ = block, which is positive semidefinite."""
+    vectors: torch.Tensor
+    values, vectors = torch.linalg.eigh(block)
+    return vectors * values.clamp_min(0.0).sqrt()
+
+
+def _seen(other: Side, y: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return c_t·A_t·V of each source, r_t × k; V = other.stack·y."""
+    return torch.split(other.counts[:, None] * (other.squares @ y), list(other.ranks))
+
+
+def _turned(side: Side, other: Side, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return x after one step of orthogonal iteration on all deltas as the other basis sees them.
+
+    P = [c_1·Δ_1·V …] = stack·E with E in blocks, and P·Pᵀ·U = stack·(E·Eᵀ·squares·x).
+    """
+    images = torch.split(side.squares @ x, list(side.ranks))
+    pairs = zip(_seen(other, y), images, strict=True)
+    stepped = torch.cat([e @ (e.mT @ image) for e, image in pairs])
+    return _orthonormal(side, stepped)
+
+
+def _orthonormal(side: Side, x: torch.Tensor) -> torch.Tensor:
+    """Return x·T for which the columns of stack·x·T are orthonormal; as many as are apart."""
+    inside = x.mT @ (side.squares @ x)
+    vectors: torch.Tensor
+    values, vectors = torch.linalg.eigh((inside + inside.mT) / 2)
+    apart = values > NULL * values[-1:].clamp_min(0.0)
+    vectors = vectors[:, apart] / values[apart].sqrt()
+    return x @ vectors
+
+
+def _distance(side: Side, x: torch.Tensor, y: torch.Tensor) -> float:
+    """Return the sine of the largest angle between the spaces of stack·x and stack·y, about."""
+    if x.shape != y.shape:
+        return 1.0
+    inside = x.mT @ (side.squares @ y)
+    rest = y - x @ inside
+    return math.sqrt(max(0.0, float((rest * (side.squares @ rest)).sum())))
+
+
+def _basis(side: Side, other: Side, found: tuple[torch.Tensor, torch.Tensor], each: Each) -> Basis:
+    """Return the basis of stack·x, turned to the singular vectors of what the other one sees."""
+    x, y = found
+    if not x.shape[1]:
+        return Basis(side.stack.new_empty(len(side.stack), 0), 1.0)
+    images = torch.split(side.squares @ x, list(side.ranks))
+    inside = torch.stack([e.mT @ i for e, i in zip(_seen(other, y), images, strict=True)])
+    squares = torch.einsum("tab,tac->bc", inside, inside)
+    values, vectors = torch.linalg.eigh((squares + squares.mT) / 2)
+    values, vectors = values.flip(0).clamp_min_(0.0).sqrt_(), vectors.flip(1)
+    columns = multiply(side.stack, x @ vectors, each)
+    return Basis(sign_(columns), smallest_gap(values))

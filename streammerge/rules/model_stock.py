@@ -1,0 +1,21 @@
+"""Model Stock (arXiv 2403.19522): the mean, as far from the base as its parts agree."""
+
+from __future__ import annotations
+
+import torch
+
+from streammerge.rules.inner import Inner
+
+
+def model_stock(inner: Inner) -> torch.Tensor:
+    """Return t times the shares of the weights, with t = N·cos θ/(1 + (N - 1)·cos θ).
+
+    cos θ is the mean cosine of all pairs. The more the deltas agree, the nearer t is to 1; where
+    they are at right angles, or lead apart, it is 0.
+    """
+    count = len(inner.weights)
+    if count == 1:
+        return torch.ones(1, dtype=torch.float64)
+    pairs = inner.cosines.sum() - inner.cosines.diagonal().sum()
+    cosine = max(0.0, float(pairs) / (count * (count - 1)))
+    return count * cosine / (1 + (count - 1) * cosine) * inner.shares

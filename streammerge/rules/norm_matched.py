@@ -1,0 +1,20 @@
+"""The mean, at the mean length of what it is made of."""
+
+from __future__ import annotations
+
+import torch
+
+from streammerge.rules.inner import Inner
+
+
+def norm_matched(inner: Inner) -> torch.Tensor:
+    """Return the shares of the weights times Σ share·‖Δ‖ over ‖Σ share·Δ‖.
+
+    The mean of N deltas at right angles is shorter than they are by √N; this one is not. A mean of
+    zero has no direction, and stays zero.
+    """
+    length = inner.length(inner.shares)
+    wanted = float(inner.shares.abs() @ inner.norms)
+    if length <= torch.finfo(torch.float64).eps * wanted:
+        return torch.zeros_like(inner.shares)
+    return inner.shares * (wanted / length)

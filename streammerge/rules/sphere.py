@@ -1,0 +1,43 @@
+"""Means on the sphere, in the coordinates of the deltas; shared by the rules that turn.
+
+A point of the sphere is Σ a_i·u_i of the deltas u_i at length 1, and is held as a; all inner
+products come from their cosines.
+"""
+
+from __future__ import annotations
+
+import torch
+
+NEAR = 1e-12
+"""An angle below this is none."""
+
+
+def step(point: torch.Tensor, shares: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor:
+    """Return where the mean of the directions, as they are seen from a point, leads from there.
+
+    Each u_i is laid out in the tangent plane at the point (the logarithm), the mean of these is
+    taken by the shares, and followed along the sphere (the exponential).
+
+    Args:
+        point: coordinates of a vector of length 1.
+        shares: of the directions; those of directions that are zero count for nothing.
+        cosines: of the directions, N × N, float64.
+    """
+    toward = (cosines @ point).clamp(-1.0, 1.0)
+    angles = torch.arccos(toward)
+    sines = torch.sin(angles)
+    # A direction at the point itself, or right across from it, leads nowhere.
+    stretch = torch.where(sines > NEAR, angles / sines.clamp_min(NEAR), 0.0)
+    stretch = torch.where(cosines.diagonal() > 0, stretch, 0.0) * shares
+    tangent = stretch - (stretch @ toward) * point
+    length = float((tangent @ cosines @ tangent).clamp_min(0.0).sqrt())
+    if length <= NEAR:
+        return point
+    angle = torch.tensor(length, dtype=torch.float64)
+    return at_length_one(torch.cos(angle) * point + torch.sin(angle) / length * tangent, cosines)
+
+
+def at_length_one(point: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor:
+    """Return coordinates of the direction of a vector; zeros where it has none."""
+    length = float((point @ cosines @ point).clamp_min(0.0).sqrt())
+    return point / length if length > NEAR else torch.zeros_like(point)

@@ -1,0 +1,211 @@
+"""Coefficient rules: weights from inner products alone, and the sum exact."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import streammerge
+from making import linear
+from making import write_adapter as write_random
+from oracle import wholes
+from oracle.files import random_source, write_adapter
+from oracle.peft_oracle import read_adapter, relative_error
+from oracle.restated import Matrix, Source, best_rank
+from streammerge import events
+from streammerge.catalog import RULES
+from streammerge.errors import RecipeError
+from streammerge.kernels.inner import inner_products
+from streammerge.rules import COEFFICIENTS, Inner
+
+NAMES = tuple(name for name, rule in RULES.items() if rule.kind == "coefficient")
+EXACT = {"compute_dtype": "float64", "dtype": "float64"}
+WEIGHTS = (1.0, 0.6, 0.8, 0.3)
+
+
+def sources(count: int, m: int = 40, n: int = 30, seed: int = 0) -> list[Source]:
+    """With a part in common, so that they are not at right angles."""
+    shared = random_source(seed + 90, m, n, 2, scaling=1.0)
+    made = []
+    for i in range(count):
+        own = random_source(seed + i, m, n, 2 + i % 3, scaling=1 + i / 2)
+        made.append(
+            Source(np.vstack([shared.a, own.a]), np.hstack([shared.b, own.b]), own.scaling)
+        )
+    return made
+
+
+def merge(
+    adapters: Sequence[Source], weights: Sequence[float], method: str, **options: Any
+) -> Matrix:
+    with tempfile.TemporaryDirectory() as place:
+        paths = [
+            write_adapter(Path(place) / f"{i}", {"layer": source}, dtype=torch.float64)
+            for i, source in enumerate(adapters)
+        ]
+        streammerge.merge(
+            paths,
+            Path(place) / "out",
+            method=method,
+            weights=weights,
+            workers=1,
+            on_event=events.ignore,
+            **options,
+        )
+        return read_adapter(Path(place) / "out")["layer"].delta
+
+
+def count_for(method: str) -> int:
+    return RULES[method].most_adapters or 4
+
+
+@pytest.mark.parametrize("compute", ["float32", "float64"])
+@pytest.mark.parametrize("space", ["delta", "exact"])
+@pytest.mark.parametrize("method", NAMES)
+def test_the_definition(method: str, space: str, compute: str) -> None:
+    adapters = sources(count_for(method))
+    weights = WEIGHTS[: len(adapters)]
+    expected = wholes.COEFFICIENT[method]([s.delta for s in adapters], weights)
+    options: dict[str, Any] = {"space": space, "compute_dtype": compute, "dtype": "float64"}
+    if space == "delta":
+        options["rank"] = 30
+    found = merge(adapters, weights, method, **options)
+    assert relative_error(found, expected) < (1e-11 if compute == "float64" else 1e-5)
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_the_best_pair_of_a_rank(method: str) -> None:
+    adapters = sources(count_for(method))
+    weights = WEIGHTS[: len(adapters)]
+    expected = wholes.COEFFICIENT[method]([s.delta for s in adapters], weights)
+    found = merge(adapters, weights, method, rank=3, **EXACT)
+    assert relative_error(found, best_rank(expected, 3)) < 1e-10
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_one_adapter_is_itself(method: str) -> None:
+    (adapter,) = sources(1)
+    assert relative_error(merge([adapter], [0.3], method, rank=30, **EXACT), adapter.delta) < 1e-11
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_equal_adapters_are_themselves(method: str) -> None:
+    (adapter,) = sources(1)
+    twice = merge([adapter, adapter], [0.4, 1.7], method, rank=30, **EXACT)
+    assert relative_error(twice, adapter.delta) < 1e-7
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_weights_count_by_their_shares(method: str) -> None:
+    adapters = sources(count_for(method))
+    weights = WEIGHTS[: len(adapters)]
+    once = merge(adapters, weights, method, rank=30, **EXACT)
+    tenfold = merge(adapters, [10 * w for w in weights], method, rank=30, **EXACT)
+    assert relative_error(once, tenfold) < 1e-11
+
+
+@pytest.mark.parametrize("method", ["multislerp", "karcher", "model_stock", "norm_matched"])
+def test_the_order_of_adapters_does_not_matter(method: str) -> None:
+    adapters = sources(4)
+    forth = merge(adapters, WEIGHTS, method, rank=30, **EXACT)
+    back = merge(adapters[::-1], WEIGHTS[::-1], method, rank=30, **EXACT)
+    assert relative_error(forth, back) < 1e-11
+
+
+@pytest.mark.parametrize("method", ["multislerp", "karcher", "norm_matched"])
+def test_the_length_is_the_mean_one(method: str) -> None:
+    adapters = sources(4)
+    norms = [np.linalg.norm(source.delta) for source in adapters]
+    found = merge(adapters, WEIGHTS, method, rank=30, **EXACT)
+    assert np.linalg.norm(found) == pytest.approx(np.array(WEIGHTS) @ norms / sum(WEIGHTS))
+
+
+def test_a_karcher_mean_is_where_the_directions_average_out() -> None:
+    adapters = sources(4)
+    found = merge(adapters, WEIGHTS, "karcher", rank=30, **EXACT).ravel()
+    units = [source.delta.ravel() / np.linalg.norm(source.delta) for source in adapters]
+    tangent = wholes._toward(found / np.linalg.norm(found), units, wholes.shares(WEIGHTS))
+    assert np.linalg.norm(tangent) < 1e-10
+
+
+def test_model_stock_at_right_angles_is_nothing() -> None:
+    a = np.eye(4)
+    first, second = (Source(a[i : i + 1], np.eye(5, 4)[:, i : i + 1], 1.0) for i in (0, 1))
+    assert not merge([first, second], [1.0, 1.0], "model_stock", rank=2, **EXACT).any()
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_adapters_of_zeros(method: str) -> None:
+    """An adapter that was never trained has no direction; all of them have no mean."""
+    first, fresh = sources(2)
+    fresh = Source(fresh.a, np.zeros_like(fresh.b), 1.0)
+    assert not merge([fresh, fresh], [1.0, 1.0], method, rank=4, **EXACT).any()
+    found = merge([first, fresh], [1.0, 3.0], method, rank=30, **EXACT)
+    share = {"slerp": 0.25, "model_stock": 0.0}.get(method, 0.25)
+    assert relative_error(found + 1e-30, share * first.delta + 1e-30) < 1e-10
+
+
+def test_right_across_from_each_other() -> None:
+    """Two deltas that cancel: nothing is divided by what is left of them."""
+    (adapter,) = sources(1)
+    against = Source(adapter.a, -adapter.b, adapter.scaling)
+    for method in ("slerp", "multislerp", "karcher", "norm_matched", "model_stock"):
+        found = merge([adapter, against], [1.0, 1.0], method, rank=30, **EXACT)
+        assert np.linalg.norm(found) <= np.linalg.norm(adapter.delta) * (1 + 1e-9), method
+
+
+def test_groups_of_sources_meet(tmp_path: Path) -> None:
+    """Inner products of stacks that are taken in groups are those of the whole."""
+    made = sources(7, 50, 20)
+    stacked = [
+        (torch.from_numpy(s.b.astype(np.float32)), torch.from_numpy(s.a.astype(np.float32)))
+        for s in made
+    ]
+
+    def stacks(group: range) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = [stacked[i] for i in group]
+        return torch.cat([b for b, _ in chosen], 1), torch.cat([a for _, a in chosen])
+
+    ranks = [len(a) for _, a in stacked]
+    one = inner_products([range(7)], stacks, ranks, map)
+    three = inner_products([range(2), range(2, 3), range(3, 7)], stacks, ranks, map)
+    deltas = [(b.double() @ a.double()).flatten() for b, a in stacked]
+    expected = torch.tensor([[float(x @ y) for y in deltas] for x in deltas], dtype=torch.float64)
+    assert torch.allclose(one, expected, rtol=1e-12)
+    assert torch.allclose(three, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        ("slerp", {"count": 3}, ("slerp", "2 adapters", "karcher")),
+        ("karcher", {"weights": (1.0, -1.0)}, ("karcher", "zero")),
+        ("karcher", {"space": "factor"}, ("karcher", "factor", "exact, delta")),
+        ("karcher", {"space": "core"}, ("karcher", "core", "exact, delta")),
+        ("model_stock", {"density": 0.5}, ("density", "model_stock")),
+    ],
+)
+def test_refusals(
+    method: str, options: dict[str, Any], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    options = dict(options)
+    layers = {"up": linear(20, 30, 2)}
+    paths = [
+        write_random(tmp_path / f"{i}", layers, seed=i) for i in range(options.pop("count", 2))
+    ]
+    with pytest.raises(RecipeError) as refused:
+        streammerge.plan(paths, method=method, **options)
+    assert all(word in str(refused.value) for word in words), refused.value
+
+
+def test_every_rule_has_its_function() -> None:
+    assert set(COEFFICIENTS) == set(NAMES)
+    nothing = Inner(torch.zeros(2, 2, dtype=torch.float64), (1.0, 1.0))
+    for function in COEFFICIENTS.values():
+        assert bool(torch.isfinite(function(nothing)).all())
