@@ -11,6 +11,7 @@ IN_BASES = (
     "dare_linear@knots",
     "magnitude_prune@core",
     "magnitude_prune@knots",
+    "ties@ctm",
 )
 """Rules in spaces that no method is named after; with the other rules they work alike."""
 
@@ -24,6 +25,11 @@ def chosen(name: str) -> dict[str, str]:
 def rule_of(name: str) -> RuleSpec:
     """The rule of a name."""
     return RULES[METHODS[chosen(name)["method"]].rule]
+
+
+def most(name: str) -> int | None:
+    """How many adapters it takes at most: `adapters[: most(name)]` are as many as it may have."""
+    return rule_of(name).most_adapters
 
 
 def space_of(name: str) -> str:

@@ -23,7 +23,7 @@ import pytest
 import streammerge
 from clusters import LocalCluster, cluster_of, kill, wait_until
 from making import CONFIG, PREFIX, WEIGHTS, convolution, embedding, encode, linear, write_adapter
-from names import chosen
+from names import chosen, most, rule_of
 from streammerge import errors, events
 from streammerge.adapter import NameTable, TensorFile
 from streammerge.budget import GIB, MIB, ON_CPU, Grant, granted_by_slurm
@@ -63,8 +63,9 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 
 
 def options(method: str) -> dict[str, object]:
-    density = None if method in ("svd", "linear", "cat") else 0.3
-    return {**chosen(method), "density": density, "weights": (1.0, -0.6, 0.3)}
+    density = 0.3 if rule_of(method).needs_density else None
+    weights = (1.0, -0.6, 0.3)[: most(method)]
+    return {**chosen(method), "density": density, "weights": weights}
 
 
 def files(folder: Path) -> list[bytes]:
@@ -87,10 +88,11 @@ HEAVY = {"method": "ties_svd", "density": 0.3, "rank": 8}
 # The same bytes
 
 
-@pytest.mark.parametrize("method", [*METHODS, "ties@core", "dare_ties@knots"])
+@pytest.mark.parametrize("method", [*METHODS, "ties@core", "dare_ties@knots", "ties@ctm"])
 def test_three_workers_make_the_same_bytes(
     method: str, sources: list[str], three: LocalCluster, tmp_path: Path
 ) -> None:
+    sources = sources[: most(method)]
     streammerge.merge(sources, tmp_path / "serial", workers=1, **options(method))
     result = streammerge.merge(
         sources, tmp_path / "out", scheduler=three.address, **options(method)

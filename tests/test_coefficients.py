@@ -35,9 +35,7 @@ def sources(count: int, m: int = 40, n: int = 30, seed: int = 0) -> list[Source]
     made = []
     for i in range(count):
         own = random_source(seed + i, m, n, 2 + i % 3, scaling=1 + i / 2)
-        made.append(
-            Source(np.vstack([shared.a, own.a]), np.hstack([shared.b, own.b]), own.scaling)
-        )
+        made.append(Source(np.vstack([shared.a, own.a]), np.hstack([shared.b, own.b]), own.scaling))
     return made
 
 
@@ -86,6 +84,17 @@ def test_the_best_pair_of_a_rank(method: str) -> None:
     expected = wholes.COEFFICIENT[method]([s.delta for s in adapters], weights)
     found = merge(adapters, weights, method, rank=3, **EXACT)
     assert relative_error(found, best_rank(expected, 3)) < 1e-10
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_a_short_side(method: str) -> None:
+    """So many columns, and so few rows, that the sum is formed as a whole."""
+    adapters = [random_source(i, 30, 900, 12, scaling=1.0) for i in range(count_for(method))] * 8
+    adapters = adapters[: RULES[method].most_adapters]
+    weights = ([1.0, 0.7, 0.2, 0.4] * 8)[: len(adapters)]
+    expected = wholes.COEFFICIENT[method]([s.delta for s in adapters], weights)
+    found = merge(adapters, weights, method, rank=30)
+    assert relative_error(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize("method", NAMES)
@@ -160,7 +169,7 @@ def test_right_across_from_each_other() -> None:
         assert np.linalg.norm(found) <= np.linalg.norm(adapter.delta) * (1 + 1e-9), method
 
 
-def test_groups_of_sources_meet(tmp_path: Path) -> None:
+def test_groups_of_sources_meet() -> None:
     """Inner products of stacks that are taken in groups are those of the whole."""
     made = sources(7, 50, 20)
     stacked = [

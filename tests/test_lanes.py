@@ -13,16 +13,16 @@ import torch
 
 import streammerge
 from making import linear, write_adapter
-from names import chosen
+from names import chosen, rule_of
 from streammerge.kernels.grams import truncate_by_grams
 from streammerge.worker import Lanes
 
 METHODS = ("linear", "cat", "svd", "ties", "dare_ties", "ties_svd", "dare_linear_svd")
-IN_BASES = ("ties@core", "magnitude_prune@knots")
+IN_BASES = ("ties@core", "magnitude_prune@knots", "ties@ctm", "karcher", "tsv")
 
 
 def merged(paths: list[str], output: Path, method: str, **options: object) -> dict[str, bytes]:
-    density = None if method in ("linear", "cat", "svd") else 0.3
+    density = 0.3 if rule_of(method).needs_density else None
     streammerge.merge(paths, output, **chosen(method), density=density, **options)
     return {
         name: (output / name).read_bytes()
@@ -38,7 +38,7 @@ def test_one_large_target_is_shared_by_threads(method: str, tmp_path: Path) -> N
     one = merged(paths, tmp_path / "one", method, workers=1)
     three = merged(paths, tmp_path / "three", method, workers=3)
     assert one == three
-    density = None if method in ("linear", "cat", "svd") else 0.3
+    density = 0.3 if rule_of(method).needs_density else None
     more = {**chosen(method), "density": density}
     plan = streammerge.plan(paths, workers=3, max_memory="4GiB", **more)
     lanes = {task.target: task.lanes for task in plan.tasks}

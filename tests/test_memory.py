@@ -14,7 +14,7 @@ import streammerge
 from capped import MIB, run_cli, task_peaks
 from dialects import pairs, write_mlx
 from making import PREFIX, Layer, embedding, encode, linear, write_adapter
-from names import chosen
+from names import chosen, rule_of
 from streammerge import draw, errors
 from streammerge.budget import Budget, granted_by_machine, parse_size
 from streammerge.kernels.thresholds import PANEL_GATHERED
@@ -22,8 +22,7 @@ from streammerge.planner import memory
 from streammerge.tiling import PANELS
 
 WEIGHTS = "adapter_model.safetensors"
-WITHOUT_DENSITY = ("linear", "cat", "svd")
-METHODS = ("linear", "cat", "svd", "ties", "dare_ties", "ties_svd", "dare_linear_svd")
+METHODS = ("linear", "cat", "svd", "ties", "dare_ties", "ties_svd", "dare_linear_svd", "karcher")
 
 
 def make(folder: Path, count: int, layers: dict[str, Layer], dtype: str = "BF16") -> list[str]:
@@ -36,7 +35,7 @@ def make(folder: Path, count: int, layers: dict[str, Layer], dtype: str = "BF16"
 
 def options(method: str) -> dict[str, object]:
     """What a method needs."""
-    return {**chosen(method)} | ({} if method in WITHOUT_DENSITY else {"density": 0.2})
+    return {**chosen(method)} | ({"density": 0.2} if rule_of(method).needs_density else {})
 
 
 def flags(method: str) -> list[str]:
@@ -114,6 +113,11 @@ def test_the_refusal_names_the_target_that_needs_most(tmp_path: Path) -> None:
         *itertools.product(METHODS, ("least", "ample"), (1, 3)),
         ("ties@core", "least", 1),
         ("dare_ties@knots", "ample", 3),
+        ("tsv", "least", 1),
+        ("tsv", "ample", 3),
+        ("iso_cts", "least", 1),
+        ("ties@ctm", "least", 1),
+        ("ctm", "ample", 3),
     ],
 )
 def test_every_task_keeps_its_projection(

@@ -158,9 +158,11 @@ shard_sizes = st.one_of(st.none(), st.integers(1, 2**22))
 @st.composite
 def cases(draw: Callable[..., Any], methods: tuple[str, ...] = tuple(METHODS)) -> Case:
     made = draw(st.lists(modules, min_size=1, max_size=6).map(tuple))
-    count = draw(st.integers(1, 5))
     method = draw(st.sampled_from(methods))
-    space = draw(st.sampled_from([None, None, "core", "knots"]))
+    rule = RULES[METHODS[method].rule]
+    count = draw(st.integers(1, rule.most_adapters or 5))
+    space = draw(st.sampled_from([None, None, "core", "knots", "ctm"]))
+    space = space if space in rule.spaces else None
     common = [draw(few_ranks) for _ in made]
     equal = SPACES[space or METHODS[method].space].equal_ranks
     ranks = [

@@ -138,9 +138,9 @@ def _leading(side: Side, other: Side, rank: int) -> torch.Tensor:
 
 def _root(block: torch.Tensor) -> torch.Tensor:
     """Return L with L·Lᵀ = block, which is positive semidefinite."""
-    vectors: torch.Tensor
     values, vectors = torch.linalg.eigh(block)
-    return vectors * values.clamp_min(0.0).sqrt()
+    root: torch.Tensor = vectors * values.clamp_min(0.0).sqrt()
+    return root
 
 
 def _seen(other: Side, y: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -86,10 +86,10 @@ class MergedTensors:
             width=width,
             new_buffer=sources.a[0].new_buffer,
             keys=sources.keys(work.job, work.task.target, tensors.name),
-            weights=sources.weights,
+            weights=work.weights,
             densities=sources.densities,
         )
-        self.tiles = MergedTiles(self._operands, work.job.options, stacked=work.task.stacked)
+        self.tiles = MergedTiles(self._operands, work.options, stacked=work.task.stacked)
         self._open = ExitStack()
         self._held: HeldTiles | None = None
 

@@ -9,7 +9,7 @@ from streammerge.kernels.grams import truncate_by_grams
 from streammerge.kernels.krylov import block_krylov
 from streammerge.kernels.matrices import FactorSum
 from streammerge.kernels.polar import polar
-from streammerge.kernels.spectra import Triples, triples
+from streammerge.kernels.spectra import NULL, Triples, triples
 from streammerge.lowrank import Truncation, truncate_product
 from streammerge.planner.routes import PROBES
 from streammerge.rules import SPECTRAL, Spectrum
@@ -79,12 +79,18 @@ def _stacked(
 def _triples(work: Work, place: int, less: torch.Tensor | None) -> Triples:
     """Return the triples of w·Δ of a source, less what lies in some columns."""
     b = work.sources.b[place].whole().double().mul_(work.stack_weights[place])
-    if less is not None:
-        columns = less.double()
-        # Twice, for one pass leaves a part of the size of rounding times what was taken out.
-        for _ in range(2):
-            b.addmm_(columns, columns.mT @ b, alpha=-1)
-    return triples(b, work.sources.a[place].whole().double())
+    a = work.sources.a[place].whole().double()
+    found = triples(b, a)
+    if less is None or not len(found.s):
+        return found
+    largest, columns = found.s[0], less.double()
+    # Twice, for one pass leaves a part of the size of rounding times what was taken out.
+    for _ in range(2):
+        b.addmm_(columns, columns.mT @ b, alpha=-1)
+    rest = triples(b, a)
+    # Where nothing is left but rounding it has no directions.
+    there = int(torch.count_nonzero(rest.s > NULL * largest))
+    return Triples(rest.u[:, :there], rest.s[:there], rest.v[:, :there])
 
 
 def _whole(work: Work, u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> Truncation:

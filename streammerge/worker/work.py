@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
 from streammerge.draw import stream_key
 from streammerge.kernels.each import Each, Here, Over
+from streammerge.kernels.tiles import RuleOptions
 from streammerge.output.writer import RegionWriter
 from streammerge.plans import Task
 from streammerge.spaces.exact import stack_weights
@@ -67,10 +68,20 @@ class Work:
         return Here(here(), count, self.each)
 
     @property
+    def weights(self) -> Sequence[float]:
+        """What each delta is multiplied by."""
+        return self.sources.weights if self.coefficients is None else self.coefficients
+
+    @property
+    def options(self) -> RuleOptions:
+        """The element-wise rule and what it needs: a sum, where coefficients were found."""
+        options = self.job.options
+        return options if self.coefficients is None else replace(options, rule="linear")
+
+    @property
     def stack_weights(self) -> list[float]:
         """Each source's q = weight·scaling, or coefficient·scaling."""
-        weights = self.sources.weights if self.coefficients is None else self.coefficients
-        return stack_weights(weights, self.sources.scalings)
+        return stack_weights(self.weights, self.sources.scalings)
 
     def gaussian(self, purpose: str, columns: int, rows: int | None = None) -> torch.Tensor:
         """Return an n × columns Gaussian matrix, drawn on the CPU so that all devices have it.

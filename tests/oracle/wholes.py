@@ -1,6 +1,6 @@
 """Rules that see whole deltas, once more: dense, in float64, straight from the definitions.
 
-A delta is a matrix of m x n here, a mean on the sphere a vector of m * n, and every SVD a dense one.
+A delta is a matrix of m x n here, a mean on the sphere a vector of m * n, every SVD a dense one.
 """
 
 from __future__ import annotations
@@ -142,8 +142,9 @@ def iso_cts(
     parts = [(u[:, : rank - count * own], s[: rank - count * own], v[:, : rank - count * own])]
     left = parts[0][0]
     for delta in weighted(deltas, weights) if own else ():
-        of_it = svd(delta - left @ (left.T @ delta))
-        parts.append((of_it[0][:, :own], of_it[1][:own], of_it[2][:, :own]))
+        own_u, own_s, own_v = svd(delta - left @ (left.T @ delta))
+        kept = min(own, int((own_s > 1e-6 * np.linalg.norm(delta, 2)).sum()))
+        parts.append((own_u[:, :kept], own_s[:kept], own_v[:, :kept]))
     u, s, v = (np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
     return s.mean() * polar(u) @ polar(v).T
 

@@ -1,0 +1,328 @@
+"""Spectral rules and the space of shared bases: against dense definitions, and well posed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import streammerge
+from making import linear
+from making import write_adapter as write_random
+from oracle import restated, wholes
+from oracle.files import random_source, write_adapter
+from oracle.peft_oracle import read_adapter, relative_error
+from oracle.restated import Matrix, Source, best_rank
+from streammerge import events
+from streammerge.catalog import RULES
+from streammerge.errors import RecipeError
+from streammerge.finish import ModuleReport
+from streammerge.kernels.polar import polar
+from streammerge.rules import SPECTRAL
+
+EXACT = {"compute_dtype": "float64", "dtype": "float64"}
+WEIGHTS = (1.0, -0.6, 0.8, 0.3)
+NAMES = ("tsv", "iso_c", "iso_cts")
+
+
+def sources(m: int, n: int, ranks: Sequence[int], seed: int = 0) -> list[Source]:
+    return [random_source(seed + i, m, n, rank, scaling=1 + i / 2) for i, rank in enumerate(ranks)]
+
+
+CASES = {
+    "few": sources(60, 50, (3, 4, 2)),
+    "one": sources(60, 50, (5,)),
+    "more ranks than rows": sources(8, 20, (3, 4, 5)),
+    "more ranks than columns": sources(20, 8, (3, 4, 5)),
+}
+
+
+def merge(
+    adapters: Sequence[Source], weights: Sequence[float], method: str, **options: Any
+) -> tuple[Matrix, ModuleReport]:
+    with tempfile.TemporaryDirectory() as place:
+        paths = [
+            write_adapter(Path(place) / f"{i}", {"layer": source}, dtype=torch.float64)
+            for i, source in enumerate(adapters)
+        ]
+        result = streammerge.merge(
+            paths,
+            Path(place) / "out",
+            method=method,
+            weights=weights,
+            workers=1,
+            on_event=events.ignore,
+            **options,
+        )
+        return read_adapter(Path(place) / "out")["layer"].delta, result.modules[0]
+
+
+def defined(
+    method: str, adapters: Sequence[Source], weights: Sequence[float], rank: int, **more: float
+) -> Matrix:
+    deltas = [source.delta for source in adapters]
+    if method == "tsv":
+        return best_rank(wholes.tsv(deltas, weights), rank)
+    if method == "iso_c":
+        return wholes.iso_c(deltas, weights, rank)
+    return wholes.iso_cts(deltas, weights, rank, **more)
+
+
+# ---------------------------------------------------------------------------------------------
+# The definitions
+
+
+@pytest.mark.parametrize("compute", ["float32", "float64"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("method", NAMES)
+def test_the_definition(method: str, case: str, compute: str) -> None:
+    adapters = CASES[case]
+    weights = WEIGHTS[: len(adapters)]
+    rank = min(8, *adapters[0].delta.shape)
+    found, report = merge(
+        adapters, weights, method, rank=rank, compute_dtype=compute, dtype="float64"
+    )
+    expected = defined(method, adapters, weights, rank)
+    assert relative_error(found, expected) < (1e-10 if compute == "float64" else 2e-5)
+    assert report.route == "spectral"
+    assert report.converged
+
+
+@pytest.mark.parametrize("common", [0.0, 0.5, 1.0])
+def test_the_share_that_is_common(common: float) -> None:
+    adapters, weights = CASES["few"], WEIGHTS[:3]
+    found, _ = merge(adapters, weights, "iso_cts", rank=8, parameters={"common": common}, **EXACT)
+    assert relative_error(found, defined("iso_cts", adapters, weights, 8, common=common)) < 1e-10
+
+
+def test_iso_cts_without_room_is_iso_c() -> None:
+    """With no more directions than adapters none is left for one alone."""
+    adapters, weights = CASES["few"], WEIGHTS[:3]
+    common, _ = merge(adapters, weights, "iso_c", rank=3, **EXACT)
+    found, _ = merge(adapters, weights, "iso_cts", rank=3, **EXACT)
+    assert relative_error(found, common) < 1e-12
+
+
+def test_tsv_of_what_does_not_interfere_is_the_sum() -> None:
+    """Adapters at right angles in rows and columns have nothing to be whitened."""
+    q, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((40, 40)))
+    adapters = [
+        Source(q[i * 3 : i * 3 + 3] * (i + 1.0), q[:, i * 3 : i * 3 + 3], 0.5) for i in range(4)
+    ]
+    found, _ = merge(adapters, WEIGHTS, "tsv", rank=12, **EXACT)
+    total = sum(w * s.delta for w, s in zip(WEIGHTS, adapters, strict=True))
+    assert relative_error(found, total) < 1e-12
+
+
+def test_iso_c_has_one_singular_value() -> None:
+    adapters, weights = CASES["few"], WEIGHTS[:3]
+    found, report = merge(adapters, weights, "iso_c", rank=9, **EXACT)
+    total = sum(w * s.delta for w, s in zip(weights, adapters, strict=True))
+    values = np.linalg.svd(found, compute_uv=False)[:9]
+    assert np.allclose(values, np.linalg.svd(total, compute_uv=False)[:9].mean())
+    assert report.kept_energy == 1.0
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_an_adapter_twice(method: str) -> None:
+    """Directions that two adapters have are no more than one, and their rounding none."""
+    first, second = CASES["few"][:2]
+    adapters, weights = [first, second, first], (1.0, 0.5, 0.7)
+    for compute in ("float32", "float64"):
+        found, _ = merge(adapters, weights, method, rank=6, compute_dtype=compute, dtype="float64")
+        expected = defined(method, adapters, weights, 6)
+        assert relative_error(found, expected) < (1e-9 if compute == "float64" else 1e-4)
+
+
+@pytest.mark.parametrize("method", [*NAMES, "ctm"])
+def test_adapters_of_zeros(method: str) -> None:
+    first, second = CASES["few"][:2]
+    fresh = Source(second.a, np.zeros_like(second.b), 2.0)
+    assert not merge([fresh, fresh], (1.0, 1.0), method, rank=4, **EXACT)[0].any()
+    alone, _ = merge([first], (1.0,), method, rank=3, **EXACT)
+    found, _ = merge([first, fresh], (1.0, 1.0), method, rank=3, **EXACT)
+    if method == "iso_cts":
+        assert np.isfinite(found).all()
+    else:
+        assert relative_error(found, alone) < 1e-10
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_many_adapters_are_iterated_on(method: str) -> None:
+    """So many columns that their triples are found by iteration, to its tolerance."""
+    adapters = sources(300, 280, (40,) * 6)
+    weights = (1.0, 0.7, 0.9, 1.1, 0.8, 1.2)
+    found, report = merge(adapters, weights, method, rank=4)
+    deltas = [source.delta for source in adapters]
+    if method == "tsv":
+        whole = wholes.tsv(deltas, weights)
+        best = restated.residual(whole, 4)
+        assert np.linalg.norm(whole - found) <= best * (1 + 1e-4)
+        # Of what is iterated on the energy is an estimate.
+        assert report.kept_energy == pytest.approx(1 - (best / np.linalg.norm(whole)) ** 2, 0.2)
+    else:
+        expected = defined(method, adapters, weights, 4)
+        assert np.linalg.norm(found) == pytest.approx(np.linalg.norm(expected), rel=1e-2)
+
+
+# ---------------------------------------------------------------------------------------------
+# Well posed
+
+
+def gap_of(values: Matrix) -> float:
+    return float(((values[:-1] - values[1:]) / values[:-1]).min())
+
+
+@pytest.mark.parametrize("method", [*NAMES, "ctm", "ties@core", "ties@knots", "ties@ctm"])
+def test_noise_in_the_inputs_moves_little(method: str) -> None:
+    """1e-12 of noise moves the result by less than 1e-6; published codes move by its own size,
+    where they take directions from the null spaces of deltas."""
+    adapters, weights = sources(96, 80, (4, 4, 4, 4), seed=5), WEIGHTS
+    random = np.random.default_rng(1)
+
+    def noisy(x: Matrix) -> Matrix:
+        return x * (1 + 1e-12 * random.standard_normal(x.shape))
+
+    shaken = [Source(noisy(s.a), noisy(s.b), s.scaling) for s in adapters]
+    name, _, space = method.partition("@")
+    options: dict[str, Any] = {"rank": 6, **EXACT}
+    if space:
+        options |= {"space": space, "density": 0.5}
+    total = sum(w * s.delta for w, s in zip(weights, adapters, strict=True))
+    assert gap_of(np.linalg.svd(total, compute_uv=False)[:16]) > 1e-6
+    still, _ = merge(adapters, weights, name, **options)
+    moved, _ = merge(shaken, weights, name, **options)
+    assert relative_error(moved, still) < 1e-6
+
+
+@pytest.mark.parametrize("method", [*NAMES, "ctm"])
+def test_how_a_delta_is_factored_does_not_matter(method: str) -> None:
+    adapters, weights = CASES["few"], WEIGHTS[:3]
+    random = np.random.default_rng(2)
+    others = []
+    for source in adapters:
+        turn = random.standard_normal((len(source.a), len(source.a)))
+        others.append(Source(np.linalg.solve(turn, source.a), source.b @ turn, source.scaling))
+    one, _ = merge(adapters, weights, method, rank=5, **EXACT)
+    other, _ = merge(others, weights, method, rank=5, **EXACT)
+    assert relative_error(one, other) < 1e-9
+
+
+@pytest.mark.parametrize("method", [*NAMES, "ctm"])
+def test_the_merge_turns_with_the_adapters(method: str) -> None:
+    adapters, weights = CASES["few"], WEIGHTS[:3]
+    q, _ = np.linalg.qr(np.random.default_rng(3).standard_normal((60, 60)))
+    turned = [Source(s.a, q @ s.b, s.scaling) for s in adapters]
+    one, _ = merge(adapters, weights, method, rank=5, **EXACT)
+    other, _ = merge(turned, weights, method, rank=5, **EXACT)
+    assert relative_error(q @ one, other) < 1e-9
+
+
+@pytest.mark.parametrize("shape", [(30, 7), (7, 30)])
+def test_polar_factors(shape: tuple[int, int]) -> None:
+    x = torch.from_numpy(np.random.default_rng(4).standard_normal(shape))
+    assert relative_error(polar(x.clone(), map).numpy(), wholes.polar(x.numpy())) < 1e-12
+    doubled = torch.cat([x, x], dim=1)
+    expected = wholes.polar(doubled.numpy())
+    assert relative_error(polar(doubled, map).numpy(), expected) < 1e-9
+
+
+# ---------------------------------------------------------------------------------------------
+# Shared bases
+
+
+def with_a_common_part(count: int, seed: int = 0) -> list[Source]:
+    """Adapters that share four directions, of clear order, beside their own."""
+    shared = random_source(seed + 70, 48, 36, 4, scaling=1.0)
+    strong = np.array([8.0, 5.0, 3.0, 2.0])
+    random = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        own = random_source(seed + i, 48, 36, 2, scaling=1.0)
+        mixed = np.diag(strong) + 0.2 * random.standard_normal((4, 4))
+        a = np.vstack([mixed @ shared.a, 0.3 * own.a])
+        made.append(Source(a, np.hstack([shared.b, own.b]), 1 + i / 3))
+    return made
+
+
+@pytest.mark.parametrize("rule", ["ctm", "ties", "magnitude_prune"])
+@pytest.mark.parametrize("beta", [0.0, 0.25, 1.0])
+def test_the_definition_of_shared_bases(rule: str, beta: float) -> None:
+    adapters, weights = with_a_common_part(4), WEIGHTS
+    deltas = [source.delta for source in adapters]
+    u, v = wholes.shared_bases(deltas, 4, beta)
+    cores = [u.T @ delta @ v for delta in deltas]
+    options: dict[str, Any] = {"rank": 4, "parameters": {"beta": beta}, **EXACT}
+    if rule == "ctm":
+        core = restated.weighted_sum(cores, weights)
+    else:
+        core = restated.apply_rule(rule, cores, weights, density=0.5)
+        options |= {"space": "ctm", "density": 0.5}
+    found, report = merge(adapters, weights, rule, **options)
+    assert relative_error(found, u @ core @ v.T) < 1e-7
+    assert report.directions == (4, 4)
+    assert report.basis_unique
+    assert report.kept_energy == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_bases_keep_as_much_as_can_be_kept(seed: int) -> None:
+    """On adapters with nothing in common: no less than HOOI finds, from the same start."""
+    adapters = sources(40, 30, (3, 4, 3, 5), seed=10 * seed)
+    deltas = [source.delta for source in adapters]
+    found, _ = merge(adapters, (1.0,) * 4, "ctm", rank=5, parameters={"beta": 1.0}, **EXACT)
+    u, v = wholes.shared_bases(deltas, 5, 1.0)
+    left, _, right = np.linalg.svd(found, full_matrices=False)
+    left, right = left[:, :5], right[:5].T
+
+    def kept(u: Matrix, v: Matrix) -> float:
+        return float(sum(np.linalg.norm(u.T @ delta @ v) ** 2 for delta in deltas))
+
+    assert kept(left, right) >= kept(u, v) * (1 - 1e-6)
+
+
+def test_shared_bases_in_float32() -> None:
+    adapters, weights = with_a_common_part(4), WEIGHTS
+    exact, _ = merge(adapters, weights, "ctm", rank=4, **EXACT)
+    found, _ = merge(adapters, weights, "ctm", rank=4)
+    assert relative_error(found, exact) < 1e-5
+
+
+def test_fewer_directions_than_the_rank() -> None:
+    """Two adapters of rank 2 and 1 span three directions: the bases have no more."""
+    adapters = sources(20, 16, (2, 1))
+    found, report = merge(adapters, (1.0, 2.0), "ctm", rank=6, **EXACT)
+    total = adapters[0].delta + 2 * adapters[1].delta
+    assert report.directions == (3, 3)
+    assert relative_error(found, total) < 1e-10
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        ("tsv", {"space": "core"}, ("tsv", "core", "delta")),
+        ("iso_c", {"space": "exact"}, ("iso_c", "exact")),
+        ("iso_cts", {"parameters": {"common": 1.5}}, ("common", "[0, 1]", "1.5")),
+        ("svd", {"parameters": {"beta": 0.5}}, ("beta", "linear in space delta")),
+        ("ctm", {"parameters": {"beta": -1}}, ("beta", "[0, 1]")),
+    ],
+)
+def test_refusals(
+    method: str, options: dict[str, Any], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    paths = [write_random(tmp_path / f"{i}", {"up": linear(20, 30, 2)}, seed=i) for i in range(2)]
+    with pytest.raises(RecipeError) as refused:
+        streammerge.plan(paths, method=method, **options)
+    assert all(word in str(refused.value) for word in words), refused.value
+
+
+def test_every_rule_has_its_function() -> None:
+    assert set(SPECTRAL) == {name for name, rule in RULES.items() if rule.kind == "spectral"}
