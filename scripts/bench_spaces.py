@@ -1,4 +1,5 @@
-"""Core and KnOTS space: against the dense route as published, and 200 adapters inside a budget.
+"""Rules in the span of the adapters: against the dense routes as published, and 200 adapters inside
+a budget.
 
     scripts/bench-spaces [FOLDER]
 
@@ -12,8 +13,9 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,35 +63,77 @@ def dense_core(sources: Sequence[Source]) -> tuple[Matrix, float]:
     return merged, time.perf_counter() - began
 
 
+def dense_tsv(sources: Sequence[Source]) -> tuple[Matrix, float]:
+    """TSV-M with k = r as the authors' code does it: an SVD of each delta, two of what is stacked."""
+    deltas = [torch.from_numpy(source.delta) for source in sources]
+    began = time.perf_counter()
+    parts = [torch.linalg.svd(delta, full_matrices=False) for delta in deltas]
+    ranks = [len(source.a) for source in sources]
+    u = torch.cat([part[0][:, :r] for part, r in zip(parts, ranks, strict=True)], 1)
+    s = torch.cat([part[1][:r] for part, r in zip(parts, ranks, strict=True)])
+    v = torch.cat([part[2][:r] for part, r in zip(parts, ranks, strict=True)])
+    (p, _, q), (x, _, y) = (torch.linalg.svd(side, full_matrices=False) for side in (u, v))
+    merged = p @ (q * s) @ x @ y
+    return merged.numpy(), time.perf_counter() - began
+
+
+def dense_iso(sources: Sequence[Source]) -> tuple[Matrix, float]:
+    """Iso-C, restricted to the output's rank: the SVD of the sum."""
+    total = torch.from_numpy(sum(source.delta for source in sources))
+    rank = len(sources[0].a)
+    began = time.perf_counter()
+    u, s, v = torch.linalg.svd(total, full_matrices=False)
+    merged = float(s[:rank].mean()) * u[:, :rank] @ v[:rank]
+    return merged.numpy(), time.perf_counter() - began
+
+
+TIES = {"method": "ties", "density": DENSITY}
+CASES: dict[str, tuple[dict[str, Any], Callable[[Sequence[Source]], tuple[Matrix, float]]]] = {
+    "knots": ({**TIES, "space": "knots"}, dense_knots),
+    "core": ({**TIES, "space": "core"}, dense_core),
+    "tsv": ({"method": "tsv"}, dense_tsv),
+    "iso_c": ({"method": "iso_c"}, dense_iso),
+}
+"""What is merged how, and the dense route that the authors' code takes to it."""
+
+
 def against_dense(folder: Path, side: int = 1024, count: int = 8, rank: int = 16) -> None:
     """Print seconds of the dense route and of ours, and how far the results are apart."""
     sources = [random_source(i, side, side, rank, scaling=1 + i / 8) for i in range(count)]
     paths = [write_adapter(folder / f"{i}", {"up": source}) for i, source in enumerate(sources)]
-    for space, dense in (("knots", dense_knots), ("core", dense_core)):
+    for name, (options, dense) in CASES.items():
         merged, seconds = dense(sources)
         best = restated.best_rank(merged, rank)
         for compute in ("float64", "float32"):
             times = []
             for repeat in range(REPEATS):
-                out = folder / f"{space}-{compute}-{repeat}"
+                out = folder / f"{name}-{compute}-{repeat}"
                 streammerge.merge(
                     paths,
                     out,
-                    method="ties",
-                    space=space,
-                    density=DENSITY,
                     compute_dtype=compute,
                     dtype="float64",
                     workers=1,
                     on_event=events.ignore,
+                    **options,
                 )
                 timings = json.loads((out / "streammerge-timings.json").read_text())
                 times.append(timings["target_seconds"]["up"])
             error = relative_error(read_adapter(out)["up"].delta, best)
             print(
-                f"{space:<6} {compute}: dense SVD {seconds:.2f} s, whole merge {min(times):.4f} s, "
+                f"{name:<6} {compute}: dense SVDs {seconds:.2f} s, whole merge {min(times):.4f} s, "
                 f"{seconds / min(times):.0f} times; apart by {error:.1e}"
             )
+
+
+MANY = {
+    "knots": ["--method=ties", f"--density={DENSITY}", "--space=knots"],
+    "core": ["--method=ties", f"--density={DENSITY}", "--space=core"],
+    "ctm": ["--method=ctm"],
+    "tsv": ["--method=tsv"],
+    "iso_cts": ["--method=iso_cts"],
+    "karcher": ["--method=karcher"],
+}
 
 
 def many(folder: Path, count: int = 200, side: int = 4096, rank: int = 16) -> None:
@@ -99,16 +143,16 @@ def many(folder: Path, count: int = 200, side: int = 4096, rank: int = 16) -> No
         str(write_random(folder / f"many{i:03d}", layers, seed=i, dtype="BF16"))
         for i in range(count)
     ]
-    for space in ("knots", "core"):
+    for name, options in MANY.items():
         began = time.perf_counter()
-        arguments = ["merge", *paths, "-o", str(folder / f"of-many-{space}"), "--method=ties"]
-        arguments += [f"--density={DENSITY}", f"--space={space}", "--max-memory=1GiB"]
-        done = run_cli([*arguments, "--workers=1"], cap_bytes=1024 * MIB)
+        arguments = ["merge", *paths, "-o", str(folder / f"of-many-{name}"), *options]
+        done = run_cli([*arguments, "--max-memory=1GiB", "--workers=1"], cap_bytes=1024 * MIB)
         seconds = time.perf_counter() - began
         peak = done.peak_bytes / MIB
         print(
-            f"{space:<6} {count} adapters of rank {rank}, {side} x {side}: exit "
+            f"{name:<7} {count} adapters of rank {rank}, {side} x {side}: exit "
             f"{done.returncode}, {seconds:.0f} s, peak {peak:.0f} MiB ({done.capped_by})"
+            + (f"\n{done.stderr}" if done.returncode else "")
         )
 
 
