@@ -64,7 +64,7 @@ def dense_core(sources: Sequence[Source]) -> tuple[Matrix, float]:
 
 
 def dense_tsv(sources: Sequence[Source]) -> tuple[Matrix, float]:
-    """TSV-M with k = r as the authors' code does it: an SVD of each delta, two of what is stacked."""
+    """TSV-M with k = r as the authors' code does it: SVDs of each delta, and of what is stacked."""
     deltas = [torch.from_numpy(source.delta) for source in sources]
     began = time.perf_counter()
     parts = [torch.linalg.svd(delta, full_matrices=False) for delta in deltas]
