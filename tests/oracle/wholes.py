@@ -63,7 +63,10 @@ def _on_the_sphere(deltas: Sequence[Matrix], weights: Weights, steps: int) -> Ma
     point = sum(p * d for p, d in zip(part, directions, strict=True))
     point = point / np.linalg.norm(point)
     for _ in range(steps):
-        point = _follow(point, _toward(point, directions, part))
+        tangent = _toward(point, directions, part)
+        point = _follow(point, tangent)
+        if np.linalg.norm(tangent) < 1e-12:
+            break
     return (float(part @ norms) * point).reshape(deltas[0].shape)
 
 
