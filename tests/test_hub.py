@@ -684,7 +684,7 @@ def test_a_fetch_ends_when_the_run_does(hub: HubServer) -> None:
 
     with pytest.raises(StoppedError):
         ranges.Ranges().fetch([ranges.Span(file, 0, file.size)], check)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 30  # of the 60 that it would have waited
 
 
 def test_connections_are_bounded(
