@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 
 
@@ -20,3 +21,11 @@ def processor_seconds(call: Callable[[], object], times: int) -> list[float]:
         user = after.children_user - before.children_user
         took.append(user + after.children_system - before.children_system)
     return took
+
+
+def within(seconds: float) -> float:
+    """What so many seconds of an idle machine are on this one now: it may be busy, or be stolen."""
+    began, worked = time.monotonic(), time.process_time()
+    while time.process_time() - worked < 0.1:
+        pass
+    return seconds * max(1.0, (time.monotonic() - began) / (time.process_time() - worked))

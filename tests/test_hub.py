@@ -17,6 +17,7 @@ import pytest
 from huggingface_hub import constants
 
 import streammerge
+from clocks import within
 from clusters import LocalCluster
 from hub_server import CDN, HUB, HubServer
 from making import (
@@ -661,8 +662,9 @@ class TestFaults:
             time.sleep(0.3)
             began = time.monotonic()
             process.send_signal(signal.SIGTERM)
-            _, told = process.communicate(timeout=20)
-        assert time.monotonic() - began < 5
+            _, told = process.communicate(timeout=50)
+            took = time.monotonic() - began
+        assert took < within(5)
         assert process.returncode == 75
         assert "go on with: streammerge merge --resume" in told
 
