@@ -370,7 +370,8 @@ def merge(
             peak = peak_bytes() if cluster is None else None
             write_timings(staging.path, planned, timings, seconds, peak)
             staging.publish()
-    tell(events.Published(os.fspath(output), planned.write_bytes))
+            # Told before it is cleared up, where an interrupt is none any more.
+            tell(events.Published(os.fspath(output), planned.write_bytes))
     late = [
         *_missed(modules),
         *_undecided(modules),

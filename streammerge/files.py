@@ -46,9 +46,11 @@ def check_inside(path: Path) -> None:
         CorruptFileError: it is one.
     """
     try:
+        if not path.is_symlink():
+            return
         real, home = path.resolve(), path.parent.resolve()
     except (OSError, RuntimeError):
-        return  # a loop of links, which cannot be opened either
+        return  # it cannot be opened either: a loop of links, or a name that is none
     blobs = real.parent
     if real.is_relative_to(home) or (
         blobs.name == "blobs" and blobs.with_name("snapshots") in home.parents

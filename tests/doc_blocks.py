@@ -21,7 +21,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -181,10 +180,7 @@ class Session:
                 check=False,
             )
             return found.returncode, found.stdout + found.stderr
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         result = CliRunner().invoke(main, words[1:])
-        for number, handler in before.items():
-            signal.signal(number, handler)
         return result.exit_code, result.output
 
 

@@ -195,6 +195,14 @@ def test_a_bias_has_the_name_that_it_has_under_the_outputs_targets(tmp_path: Pat
     assert found.keys() == {plain}
 
 
+@pytest.mark.parametrize("odd", [{}, [], ["all"], {"all": 1}, 7, None])
+def test_a_config_that_says_odd_things_of_biases(odd: Any, tmp_path: Path) -> None:
+    """Only PEFT's words mean anything; no other is an error, whatever JSON can hold."""
+    source = make(tmp_path, {"block.up.base_layer.bias": values(0, 12)}, bias=odd)
+    assert "block.up.base_layer.bias" in merge(source, tmp_path / "out", "first")
+    assert json.loads((tmp_path / "out" / CONFIG).read_text())["bias"] == "none"
+
+
 def test_biases_of_excluded_targets_go_with_them(tmp_path: Path) -> None:
     extra = {f"{target}.lora_B.bias": values(0, layer.b[0]) for target, layer in LAYERS.items()}
     found = merge(make(tmp_path, extra, lora_bias=True), tmp_path / "out", "first", include="down")

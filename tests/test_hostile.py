@@ -33,7 +33,7 @@ SECONDS = 2.0
 """Of processor time: for what used to take for ever."""
 
 
-WAIT = 20
+WAIT = 120
 """Seconds on the wall after which a test is ended, for what waits takes no processor."""
 
 
@@ -362,6 +362,21 @@ def test_files_that_are_too_large_to_be_what_they_are_called(name: str, tmp_path
     os.truncate(adapter / name, 2**40)
     with pytest.raises(errors.CorruptFileError, match=f"{2**40} bytes"):
         streammerge.open_adapter(adapter)
+
+
+def test_an_index_of_shards_that_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first says so; the others are not looked for, which took seconds."""
+    looked: list[Path] = []
+    monkeypatch.setattr("streammerge.readers.shards.check_inside", looked.append)
+    source = write_adapter(tmp_path / "in", ONE)
+    (source / WEIGHTS).unlink()
+    weight_map = {f"t{n}": f"s{n}" for n in range(20_000)}
+    (source / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(errors.MissingFileError, match="s0: "):
+        streammerge.open_adapter(source)
+    assert [path.name for path in looked] == ["s0"]
 
 
 def test_an_index_of_more_shards_than_are_counted(tmp_path: Path) -> None:

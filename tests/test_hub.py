@@ -17,6 +17,7 @@ import pytest
 from huggingface_hub import constants
 
 import streammerge
+from clocks import within
 from clusters import LocalCluster
 from hub_server import CDN, HUB, HubServer
 from making import (
@@ -661,8 +662,9 @@ class TestFaults:
             time.sleep(0.3)
             began = time.monotonic()
             process.send_signal(signal.SIGTERM)
-            _, told = process.communicate(timeout=20)
-        assert time.monotonic() - began < 5
+            _, told = process.communicate(timeout=50)
+            took = time.monotonic() - began
+        assert took < within(5)
         assert process.returncode == 75
         assert "go on with: streammerge merge --resume" in told
 
@@ -684,7 +686,7 @@ def test_a_fetch_ends_when_the_run_does(hub: HubServer) -> None:
 
     with pytest.raises(StoppedError):
         ranges.Ranges().fetch([ranges.Span(file, 0, file.size)], check)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 30  # of the 60 that it would have waited
 
 
 def test_connections_are_bounded(

@@ -7,13 +7,13 @@ import pkgutil
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import streammerge
+from clocks import processor_seconds
 from streammerge import errors
 
 PUBLIC = [
@@ -141,13 +141,7 @@ def drawn_tree(docstring: str) -> Iterator[tuple[str, str | None]]:
 
 class TestCommandLine:
     def test_help_is_instant(self) -> None:
-        cli("--help")  # the first run may have to compile
-        took = []
-        for _ in range(5):
-            start = time.perf_counter()
-            cli("--help")
-            took.append(time.perf_counter() - start)
-        # Of a machine that is busy with something else the least says most.
+        took = processor_seconds(lambda: cli("--help"), times=5)
         assert min(took) < LONGEST_HELP_SECONDS, took
 
     def test_help_loads_nothing_heavy(self) -> None:

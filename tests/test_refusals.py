@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,14 +62,6 @@ class Refusal:
     options: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Attributes of the error."""
-
-
-@pytest.fixture(autouse=True)
-def _own_signals() -> Iterator[None]:
-    """The command sets a handler, which belongs to its own process and not to that of the tests."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 def run(command: str, adapters: list[Path], output: Path, options: Mapping[str, Any]) -> Result:

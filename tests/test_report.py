@@ -23,6 +23,7 @@ from streammerge.events import ignore
 from streammerge.reporting import material
 from streammerge.reporting.grid import MAX_COLUMNS, MAX_KINDS, make_grid
 from streammerge.reporting.order import clustered
+from streammerge.reporting.tables import counted
 from streammerge.worker import agreement
 
 LAYERS = {
@@ -294,6 +295,32 @@ def test_the_page_stands_alone(merged: Path, reported: streammerge.Report) -> No
     assert "Nothing was truncated" not in text
     again = streammerge.report(merged / "out", merged / "again.html", all_targets=True)
     assert again.page.read_text() == text
+
+
+def test_names_leave_room_for_what_is_said_of_them(reported: streammerge.Report) -> None:
+    """They are broken where it is narrow; a number is not."""
+    text = reported.page.read_text()
+    assert "<td class=name>model.layers.1.v</td><td class=n>" in text
+    assert "td.name{white-space:normal" in text
+    assert "lost most first" in text
+    assert "– is what lies in none" in text
+
+
+def test_what_was_not_measured_is_in_the_order_of_layers(tmp_path: Path) -> None:
+    layers = {f"model.layers.{n}.q": linear(8, 8, 2) for n in (0, 2, 10)}
+    inputs = [write_adapter(tmp_path / f"in{n}", layers, seed=n) for n in range(2)]
+    streammerge.merge(inputs, tmp_path / "out", method="linear", on_event=ignore)
+    text = streammerge.report(tmp_path / "out", tmp_path / "page.html").page.read_text()
+    table = text[text.index("<h3>Targets</h3>") :]
+    places = [table.index(f"<td class=name>model.layers.{n}.q") for n in (0, 2, 10)]
+    assert places == sorted(places)
+    assert "lost most first" not in text
+    assert "lies in none" not in text
+
+
+def test_names_sort_as_people_count() -> None:
+    names = ["a.10.b", "a.2.b", "a", "a.2", "b.1", f"a.{'9' * 5000}"]
+    assert sorted(names, key=counted)[:5] == ["a", "a.2", "a.2.b", "a.10.b", f"a.{'9' * 5000}"]
 
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>&\x1b[31m\u202e'

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from streammerge.cli.console import (
+    Wishes,
     command_line,
     remark,
     say,
     say_json,
-    stopped_by_signals,
     tip,
     with_exit_codes,
 )
 from streammerge.cli.options import OUTPUT, merge_options, push_options, run_options
 from streammerge.cli.plan import show_plan
 from streammerge.cli.program import Sectioned, section
-from streammerge.cli.push import said_of, stoppable
+from streammerge.cli.push import pushing, said_of, tell_notices
+from streammerge.cli.stopping import Stops, resuming_line, until_stopped
 
 if TYPE_CHECKING:
     from streammerge.api import MergeResult
@@ -73,33 +75,27 @@ def run_merge(
     **options: Any,
 ) -> None:
     """Merge, or show the plan, and print what came out; `options` are those of the Python call."""
-    from streammerge.api import push as verify_and_push
-    from streammerge.errors import PublishedError
-    from streammerge.publishing import check_push, upload
-
     if dry_run:
         show_plan(adapters, output, as_json=as_json, notes=not (quiet and as_json), **options)
         return
-    if push is not None:
-        check_push(push)
+    wishes = Wishes(as_json, quiet)
     run = {"resume": resume, "time_limit": time_limit, **options}
-    try:
-        result = _merge(adapters, output, quiet=quiet, as_json=as_json, options=run)
-    except PublishedError:
-        if push is not None:
-            remark(
-                said_of(stoppable(verify_and_push, output, push, private=private, as_json=as_json))
+
+    def merge_and_tell(stops: Stops) -> None:
+        if push is None:
+            result = _merge(adapters, output, lambda: stops.over(0), wishes, options=run)
+        else:
+            result = _merge_and_push(
+                adapters, output, stops, wishes, repo=push, private=private, options=run
             )
-        raise
-    if push is not None:
-        pushed = stoppable(upload, result.output, push, private=private, as_json=as_json)
-        result = replace(result, pushed=pushed)
-    if as_json:
-        say_json(_facts(result))
-        return
-    say(*_summary(result))
-    if not quiet:
-        tip(*_next_steps(output))
+        if as_json:
+            say_json(_facts(result))
+            return
+        say(*_summary(result))
+        if not quiet:
+            tip(*_next_steps(output))
+
+    until_stopped(merge_and_tell, resuming=resuming_line(), wishes=wishes)
 
 
 def _next_steps(output: str) -> tuple[str, ...]:
@@ -109,15 +105,60 @@ def _next_steps(output: str) -> tuple[str, ...]:
     )
 
 
-@stopped_by_signals
-def _merge(
-    adapters: tuple[str, ...], output: str, *, quiet: bool, as_json: bool, options: dict[str, Any]
+def _merge_and_push(
+    adapters: tuple[str, ...],
+    output: str,
+    stops: Stops,
+    wishes: Wishes,
+    *,
+    repo: str,
+    private: bool,
+    options: dict[str, Any],
 ) -> MergeResult:
+    """Merge, and bring it to the Hub; what is stopped there, a push goes on with."""
+    from streammerge.api import push as verify_and_push
+    from streammerge.errors import PublishedError
+    from streammerge.publishing import check_push, upload
+
+    check_push(repo)
+
+    def only_the_push_is_left() -> None:
+        stops.resuming = pushing(output, repo, private=private)
+
+    try:
+        result = _merge(adapters, output, only_the_push_is_left, wishes, options=options)
+    except PublishedError:
+        only_the_push_is_left()
+        pushed = verify_and_push(output, repo, private=private)
+        tell_notices(pushed)
+        remark(said_of(pushed))
+        raise
+    pushed = upload(result.output, repo, private=private)
+    stops.over(0)
+    tell_notices(pushed)
+    return replace(result, pushed=pushed)
+
+
+def _merge(
+    adapters: tuple[str, ...],
+    output: str,
+    on_published: Callable[[], None],
+    wishes: Wishes,
+    *,
+    options: dict[str, Any],
+) -> MergeResult:
+    from streammerge import events
     from streammerge.api import merge as run
     from streammerge.cli.progress import Progress
 
-    with Progress(quiet=quiet, notes=not (quiet and as_json)) as progress:
-        return run(adapters, output, on_event=progress, **options)
+    with Progress(quiet=wishes.quiet, notes=not wishes.only_json) as progress:
+
+        def listen(event: events.Event) -> None:
+            if isinstance(event, events.Published):
+                on_published()
+            progress(event)
+
+        return run(adapters, output, on_event=listen, **options)
 
 
 def _summary(result: MergeResult) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from streammerge.cli.console import Wishes, report, tip
+from streammerge.cli.stopping import HOSTED
 from streammerge.cli.terminal import forgive_characters
 
 Command = Callable[..., None]
@@ -55,6 +56,12 @@ def _required_first(found: tuple[bool, tuple[str, str]]) -> bool:
 
 class Program(click.Group):
     """The group of all commands. A mistake in calling one is an error like the others."""
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, **named: Any) -> Any:
+        """Run as the process's own program; given its words, as a part of another."""
+        if args is not None:
+            named["obj"] = HOSTED
+        return super().main(args, *more, **named)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Take the words up to the command's name."""

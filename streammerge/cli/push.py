@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from streammerge.cli.console import (
+    Wishes,
     command_line,
     remark,
     say,
     say_json,
-    stopped_by_signals,
     with_exit_codes,
 )
+from streammerge.cli.stopping import Stops, until_stopped
 
 if TYPE_CHECKING:
     from streammerge.publishing import Pushed
@@ -44,30 +44,33 @@ def push(output: str, repo: str, as_json: bool, **options: Any) -> None:
 
     What the Hub has already is not sent again: a push that was stopped, or failed, goes on.
     """
-    from streammerge.api import push as run
 
-    pushed = stoppable(run, output, repo, as_json=as_json, **options)
+    def run(_stops: Stops) -> Pushed:
+        from streammerge.api import push as verify_and_push
+
+        return verify_and_push(output, repo, **options)
+
+    wishes = Wishes(as_json)
+    pushed = until_stopped(run, resuming=pushing(output, repo, **options), wishes=wishes)
+    tell_notices(pushed)
     if as_json:
         say_json(asdict(pushed))
     else:
         say(said_of(pushed))
 
 
-def stoppable(
-    call: Callable[..., Pushed], output: Any, repo: str, *, as_json: bool, **options: Any
-) -> Pushed:
-    """Call what pushes an output, and tell its notices; stopped by a signal, it says how to go
-    on."""
-    words = ["push", str(output), repo]
+def pushing(output: str, repo: str, **options: Any) -> str:
+    """Return the command line that pushes an output, and goes on with that."""
+    words = ["push", output, repo]
     for name, value in options.items():
         words += [f"--{name}"] if value is True else [f"--{name}", value] if value else []
-    run = stopped_by_signals(
-        lambda **_: call(output, repo, **options), lambda: command_line(*words)
-    )
-    pushed = run(as_json=as_json)
+    return command_line(*words)
+
+
+def tell_notices(pushed: Pushed) -> None:
+    """Print what the user should know about a push."""
     for notice in pushed.notices:
         remark(f"note: {notice}")
-    return pushed
 
 
 def said_of(pushed: Pushed) -> str:

@@ -189,17 +189,23 @@ class Staging:
         try:
             sync_directory(self.path)
             self.journal.publish(_mark(self.path))
-            if self.output.exists() and any(self.output.iterdir()):
-                exchange(self.path, self.output, self._aside)
-            else:
-                self.path.rename(self.output)
+            made = self.path.stat()
+            try:
+                if self.output.exists() and any(self.output.iterdir()):
+                    exchange(self.path, self.output, self._aside)
+                else:
+                    self.path.rename(self.output)
+            finally:
+                # Whatever came meanwhile, an interrupt too: what lies there decides.
+                self._published = _lies_at(self.output, made)
+                if not self._published:
+                    self._restore()
         except OSError as error:
             if isinstance(error, StreammergeError):
                 raise
             raise StorageError(
                 f"cannot be published ({error.strerror})", path=str(self.output)
             ) from error
-        self._published = True
         # It is there, whatever comes now.
         self._clear(lambda: sync_directory(self.output.parent), "made durable")
 
@@ -297,6 +303,14 @@ class Staging:
             self._aside.rename(self.output)
         else:
             shutil.rmtree(self._aside, ignore_errors=True)
+
+
+def _lies_at(path: Path, made: os.stat_result) -> bool:
+    """Return whether it is what was made that has this name."""
+    try:
+        return os.path.samestat(path.stat(), made)
+    except OSError:
+        return False
 
 
 def _mark(directory: Path) -> str | None:

@@ -81,7 +81,8 @@ def _can_wrap(entry: str, rooted: Sequence[str], found: Extras) -> bool:
 
 
 def _bias(adapters: Sequence[Adapter]) -> str:
-    said = {adapter.config.raw.get("bias") for adapter in adapters if adapter.config is not None}
+    # A list, for what stands there may be anything that JSON holds.
+    said = [adapter.config.raw.get("bias") for adapter in adapters if adapter.config is not None]
     return next((word for word in ("all", "lora_only") if word in said), "none")
 
 

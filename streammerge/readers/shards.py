@@ -48,12 +48,14 @@ def read_shards(index: Path) -> list[Header]:
     except OSError as error:
         raise CorruptFileError(f"cannot be read ({error.strerror})", path=str(index)) from error
     weight_map = parse_index(index, text)
-    names = shard_names(weight_map)
-    for name in names:
-        check_inside(index.with_name(name))
-    headers = [read_header(index.with_name(name)) for name in names]
+    headers = [_read_shard(index.with_name(name)) for name in shard_names(weight_map)]
     check_shards(index, weight_map, headers)
     return headers
+
+
+def _read_shard(path: Path) -> Header:
+    check_inside(path)
+    return read_header(path)
 
 
 def parse_index(index: Path, text: bytes) -> dict[str, str]:
@@ -98,4 +100,5 @@ def check_shards(index: Path, weight_map: Mapping[str, str], headers: Sequence[H
 
 def _is_plain(name: str) -> bool:
     """Whether a name can be that of a file in the same directory."""
-    return 0 < len(name) <= 255 and Path(name).name == name and name.isprintable()
+    plain = 0 < len(name) <= 255 and name.isprintable() and "/" not in name
+    return plain and name not in (".", "..")

@@ -14,7 +14,9 @@ from streammerge.budget import format_size
 from streammerge.reporting import colours
 from streammerge.reporting.drawing import MAX_NUMBERED, bars, heatmap, legend, safe
 from streammerge.reporting.figures import Figure, by_module, labels, matrices
+from streammerge.reporting.grid import OUTSIDE
 from streammerge.reporting.material import Material
+from streammerge.reporting.tables import counted, table
 
 LISTED = 200
 """Rows of a table of targets; the record has them all."""
@@ -154,14 +156,19 @@ def _extremes(material: Material) -> Iterator[str]:
             for place in chosen
         ]
         heads = ("adapter", "and", "cosine", "sign conflict")
-        yield f"<section><h3>{title}</h3>{_table(heads, rows, numbers=(2, 3))}</section>"
+        shown = table(heads, rows, names=(0, 1), numbers=(2, 3))
+        yield f"<section><h3>{title}</h3>{shown}</section>"
     yield "</div>"
 
 
 def _modules(material: Material) -> Iterator[str]:
     yield '<h2 id="modules">Module by module</h2>'
-    yield "<p>Kinds of modules down, layers across.</p>"
     figures = by_module(material)
+    outside = any(OUTSIDE in figure.columns for figure in figures)
+    yield (
+        f"<p>Kinds of modules down, layers across{'; – is what lies in none' if outside else ''}."
+        "</p>"
+    )
     if not any(figure.name == "kept" for figure in figures):
         yield (
             "<p>Nothing was truncated, or the rule worked on the factors, where there is no merged "
@@ -181,7 +188,7 @@ def _worst(material: Material) -> Iterator[str]:
         error = modules[target].get("relative_error")
         return float(error) if _is_number(error) else -1.0
 
-    order = sorted(modules, key=lambda target: (-lost(target), target))
+    order = sorted(modules, key=lambda target: (-lost(target), counted(target)))
     rows = []
     for target in order[:LISTED]:
         facts, found = modules[target], agreed.get(target)
@@ -198,8 +205,9 @@ def _worst(material: Material) -> Iterator[str]:
             )
         )
     heads = ("target", "shape", "rank", "adapters", "kept", "error", "cosine", "minority")
-    yield "<h3>Targets, those that lost most first</h3>"
-    yield _table(heads, rows, numbers=range(1, len(heads)))
+    measured = lost(order[0]) >= 0
+    yield f"<h3>Targets{', those that lost most first' if measured else ''}</h3>"
+    yield table(heads, rows, names=(0,), numbers=range(1, len(heads)))
     if len(order) > LISTED:
         yield f'<p class="read">… and {len(order) - LISTED:,} more, in streammerge.json.</p>'
 
@@ -227,7 +235,7 @@ def _inputs(material: Material) -> Iterator[str]:
             )
         )
     heads = ("adapter", "weight", "targets", "size", "norm", "cosine with merge", "xxh3", "path")
-    yield _table(heads, rows, numbers=range(1, 6))
+    yield table(heads, rows, names=(0,), numbers=range(1, 6))
     yield (
         '<p class="read">The norm is ‖Δ‖_F over the compared targets, with the scaling and without '
         "the weight: an adapter that is much longer than the others decides a merge of equal "
@@ -262,12 +270,13 @@ def _cost(material: Material) -> Iterator[str]:
         yield _memory_bars(rows)
     seconds = _seconds(material)
     if seconds:
-        order = sorted(seconds, key=lambda target: (-seconds[target], target))
+        order = sorted(seconds, key=lambda target: (-seconds[target], counted(target)))
         total = sum(seconds.values()) or 1.0
         yield "<h3>Targets, the slowest first</h3>"
-        yield _table(
+        yield table(
             ("target", "seconds", "share"),
             [(t, f"{seconds[t]:.3f}", f"{seconds[t] / total:.1%}") for t in order[:LISTED]],
+            names=(0,),
             numbers=(1, 2),
         )
         yield (
@@ -353,23 +362,6 @@ def _drawn(figure: Figure) -> str:
         f"<figure><h3>{safe(figure.title)}</h3>{legend(figure.scale, figure.words)}"
         f'<div class="plot">{drawing}</div><p class="read">{safe(figure.reading)}</p></figure>'
     )
-
-
-def _table(
-    heads: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: Sequence[int]
-) -> str:
-    right = set(numbers)
-
-    def line(cells: Sequence[object], tag: str) -> str:
-        shown = (
-            f"<{tag}{' class=n' if place in right else ''}>{safe(cell)}</{tag}>"
-            for place, cell in enumerate(cells)
-        )
-        return f"<tr>{''.join(shown)}</tr>"
-
-    body = "".join(line(row, "td") for row in rows)
-    head = line(heads, "th")
-    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
 
 
 def _memory(material: Material) -> dict[str, Any]:
