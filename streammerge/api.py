@@ -42,7 +42,8 @@ class MergeResult:
     output: Path
     """The directory that was made."""
     plan: Plan
-    """What was done, as it was planned."""
+    """What was done, as it was planned; but with the ranks, bytes and files that came out, where a
+    rank policy decided them."""
     modules: tuple[ModuleReport, ...]
     """What became of each target, in the plan's order."""
     notices: tuple[str, ...]
@@ -105,7 +106,7 @@ def plan(
     density: float | Sequence[Setting] | None = None,
     parameters: Mapping[str, float] | None = None,
     normalize: bool = False,
-    rank: int | None = None,
+    rank: int | str | None = None,
     space: str | None = None,
     majority_sign: str = "total",
     clamp: float | None = None,
@@ -189,7 +190,7 @@ def merge(
     density: float | Sequence[Setting] | None = None,
     parameters: Mapping[str, float] | None = None,
     normalize: bool = False,
-    rank: int | None = None,
+    rank: int | str | None = None,
     space: str | None = None,
     majority_sign: str = "total",
     clamp: float | None = None,
@@ -237,7 +238,11 @@ def merge(
         parameters: numbers that the method takes besides these, by name, such as {"gamma": 0.02}
             for "breadcrumbs"; `streammerge methods` lists them, and what they are when not given.
         normalize: divide the weights by their sum, in each target over the adapters that have it.
-        rank: of the output, for truncating methods; the largest of the inputs when None.
+        rank: of the output, for truncating methods; the largest of the inputs when None. Or what
+            decides it in each target: "energy:0.95,max:64", the smallest that keeps 95 % of
+            ‖M‖²_F of the merged matrix M; "error:0.1,max:64", the smallest whose ‖M - M_k‖_F is at
+            most 0.1·‖M‖_F. Where no rank does up to `max`, which is the largest of the inputs when
+            it is left out, it is that, and a notice says so.
         space: "factor", "delta", "core", "knots" or "exact", instead of the method's own.
         majority_sign: "total" or "frequency", for the methods that elect a sign.
         clamp: quantile in (0, 1] at which truncated factors are clamped, PEFT's `svd_clamp`.
@@ -356,7 +361,7 @@ def merge(
         from streammerge.run import run_plan  # noqa: PLC0415
 
         with Staging(Path(output), overwrite=overwrite, resume=resume) as staging:
-            receipts, modules = run_plan(
+            planned, receipts, modules = run_plan(
                 planned,
                 manifests,
                 staging,
@@ -373,6 +378,7 @@ def merge(
             # Told before it is cleared up, where an interrupt is none any more.
             tell(events.Published(os.fspath(output), planned.write_bytes))
     late = [
+        *_short(modules, planned),
         *_missed(modules),
         *_undecided(modules),
         *(f"{left}; the next merge clears up" for left in staging.left),
@@ -396,6 +402,18 @@ def _with_push(
 def _check_time(deadline: float, targets: int) -> None:
     if time.monotonic() > deadline:
         raise StoppedError("the time limit is over", done=0, targets=targets)
+
+
+def _short(modules: Sequence[ModuleReport], planned: Plan) -> list[str]:
+    short = [module.target for module in modules if not module.rank_reached]
+    if not short:
+        return []
+    notice = (
+        f"in {len(short)} targets no rank up to the largest one allowed keeps what "
+        f"{planned.recipe['rank']} asks for (such as {short[0]}); streammerge.json says what is "
+        "kept"
+    )
+    return [notice]
 
 
 def _missed(modules: Sequence[ModuleReport]) -> list[str]:

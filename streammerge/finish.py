@@ -35,6 +35,8 @@ class ModuleReport:
     """Inputs of the module: columns of A."""
     rank: int
     """Of the output."""
+    rank_reached: bool
+    """False where a rank policy asks for more than the largest rank that it allows keeps."""
     adapters: int
     """How many have this target."""
     route: str
@@ -173,6 +175,7 @@ def _report(task: Task, receipt: Receipt) -> ModuleReport:
         m=task.m,
         n=task.n,
         rank=task.rank,
+        rank_reached=certificate is None or certificate.reached,
         adapters=task.last - task.first,
         route=task.route,
         kept_energy=certificate.kept_energy if certificate else None,

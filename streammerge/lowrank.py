@@ -15,6 +15,9 @@ ENERGY_TOLERANCE = 1e-4
 ZERO_TOLERANCE = 1e-5
 """A residual of this share of the merged matrix is rounding, and good enough whatever its parts."""
 
+ZERO_TOLERANCE_DOUBLE = 1e-12
+"""The same in float64."""
+
 NOISE = 8
 """A product below so many roundings of its factors' norms is zero."""
 
@@ -138,6 +141,49 @@ def _leading(
         v=pad(v, (0, rank - kept)),
         energy=float(squares.sum()),
         lost=float(squares[kept:].sum()),
+    )
+
+
+def smallest_rank(triples: Truncation, lost_share: float) -> tuple[int, bool]:
+    """Return the smallest rank, 1 at least, that loses so little, and whether there is one.
+
+    What a rank of k loses is what the triples lose and the squares of their singular values from
+    the k+1st on: the numbers that its certificate is made of.
+
+    Args:
+        triples: of the largest rank that comes into question; this is returned if none will do.
+        lost_share: of ‖M‖²_F, that may be lost. What is lost below `rounding_share` is nothing.
+    """
+    if triples.energy == 0.0:
+        return 1, True
+    allowed = max(lost_share, rounding_share(triples.u.dtype) ** 2) * triples.energy
+    rank, lost = len(triples.s), triples.lost
+    reached = lost <= allowed
+    squares = triples.s.square().tolist()
+    while rank > 1 and lost + squares[rank - 1] <= allowed:
+        lost += squares[rank - 1]
+        rank -= 1
+    return rank, reached
+
+
+def rounding_share(dtype: torch.dtype) -> float:
+    """Return below which share of ‖M‖_F a residual is the rounding of arithmetic in a dtype."""
+    return ZERO_TOLERANCE if dtype == torch.float32 else ZERO_TOLERANCE_DOUBLE
+
+
+def cut(triples: Truncation, rank: int) -> Truncation:
+    """Return the first triples, as views.
+
+    What better ones of this number would keep beyond them is no more than with all of them, so
+    that stays as an estimate.
+    """
+    beyond = float(triples.s[rank:].square().sum())
+    return replace(
+        triples,
+        u=triples.u[:, :rank],
+        s=triples.s[:rank],
+        v=triples.v[:, :rank],
+        lost=triples.lost + beyond,
     )
 
 

@@ -10,7 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -101,7 +101,8 @@ class Task:
     m: int
     n: int
     rank: int
-    """Of the output; 0 where there is no pair."""
+    """Of the output, or the largest that it may have, where the plan's ranks are late; 0 where
+    there is no pair."""
     first: int
     last: int
     """Its sources are rows first to last - 1 of the plan's source columns."""
@@ -236,6 +237,9 @@ class Plan:
     """Modules of tensors that are not LoRA factors, and what is done with each."""
     notices: tuple[str, ...] = ()
     """What the user should know and what stops nothing."""
+    late: bool = False
+    """Whether ranks are only known from the work: those here, and bytes, regions and files, are
+    the largest that there may be."""
 
     @property
     def usual_rank(self) -> int:
@@ -305,12 +309,13 @@ class Plan:
     def _repr_html_(self) -> str:
         """Return what a notebook shows: the totals, and the targets that hold most."""
         tasks = sorted(self.tasks, key=lambda task: (-task.projected_bytes, task.target))
+        at_most = "at most " * self.late
         facts = [
             ("method", f"{self.recipe['method']}: rule {self.rule}, space {self.space}"),
             ("adapters", f"{len(self.recipe['adapters']):,}"),
             ("targets", f"{len(tasks):,}"),
             ("reads", format_size(self.read_bytes)),
-            ("writes", f"{format_size(self.write_bytes)}, {self.dtype}"),
+            ("writes", f"{at_most}{format_size(self.write_bytes)}, {self.dtype}"),
             ("holds", f"{format_size(self.projected_bytes)} at most"),
             ("allowed", f"{format_size(self.allowed_bytes)}, {self.allowed_origin}"),
             ("time, roughly", f"{self.seconds:,.1f} s"),
@@ -352,6 +357,25 @@ class Plan:
             for one in fields["extras"]
         )
         return cls(**fields)
+
+
+def at_rank(task: Task, rank: int) -> Task:
+    """Return a task with a pair of this rank; its regions begin where they did.
+
+    Args:
+        task: of a pair.
+        rank: not more than it was planned with.
+    """
+    if rank == task.rank:
+        return task
+    a, b = task.regions
+    shapes = (rank, *a.shape[1:]), (b.shape[0], rank, *b.shape[2:])
+    regions = tuple(
+        replace(region, shape=shape, nbytes=region.nbytes // task.rank * rank)
+        for region, shape in zip(task.regions, shapes, strict=True)
+    )
+    nbytes = sum(region.nbytes for region in regions)
+    return replace(task, rank=rank, regions=regions, write_bytes=nbytes)
 
 
 def spilled_bytes(task: Task, item_bytes: int) -> int:

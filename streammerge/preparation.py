@@ -15,7 +15,7 @@ from streammerge.budget import AUTO, ON_CPU, Budget, Device, allow, parse_size
 from streammerge.errors import BudgetError, ClusterError, HubError, RecipeError
 from streammerge.hub import parse_id
 from streammerge.output.space import allocated_bytes, check_space, find_scratch
-from streammerge.output.staging import staging_path
+from streammerge.output.staging import draft_path, staging_path
 from streammerge.planner import make_plan, resolve_method
 from streammerge.plans import Plan
 from streammerge.readers import read_adapters
@@ -25,6 +25,7 @@ from streammerge.recipe import (
     make_number,
     make_parameters,
     make_paths,
+    make_rank,
     make_weights,
 )
 
@@ -55,8 +56,8 @@ def make_recipe(
     if max_shard_size is not None:
         shard = parse_size(max_shard_size, option="max_shard_size")
     fields["clamp"] = make_number(fields["clamp"], float, option="clamp")
-    for option in ("rank", "seed"):
-        fields[option] = make_number(fields[option], int, option=option)
+    fields["seed"] = make_number(fields["seed"], int, option="seed")
+    fields["rank"] = make_rank(fields["rank"])
     if not isinstance(fields["scaling"], str):
         fields["scaling"] = make_number(fields["scaling"], float, option="scaling")
     return Recipe(
@@ -117,10 +118,12 @@ def prepare(
     planned = _choose(plan_on, found) if device == AUTO else plan_on(found)
     needs = []
     if output is not None:
-        # On a cluster parts lie beside the output until they are sealed into it.
-        copies = 1 if cluster is None else 2
+        # On a cluster parts lie beside the output until they are sealed into it, and a draft of
+        # late ranks until it is assembled, when no part is left.
+        copies = 1 if cluster is None and not planned.late else 2
         # What an unfinished run has allocated is gone on with, or removed.
-        needed = copies * planned.write_bytes - allocated_bytes(staging_path(Path(output)))
+        there = (staging_path(Path(output)), draft_path(Path(output)))
+        needed = copies * planned.write_bytes - sum(map(allocated_bytes, there))
         needs.append((os.fspath(Path(output).resolve().parent), needed))
     if place is not None:
         needs.append((place, size * planned.scratch_bytes))

@@ -12,6 +12,7 @@ from dataclasses import fields as dataclass_fields
 from typing import Any, TypeVar
 
 from streammerge.errors import RecipeError
+from streammerge.ranks import RankPolicy, parse_rank
 from streammerge.schedule import Value, as_json, make_value, numbers
 
 Number = TypeVar("Number", int, float)
@@ -45,8 +46,8 @@ class Recipe:
     parameters: tuple[tuple[str, float], ...] = ()
     """Numbers that the rule or the space takes, by name, in the order of the names; what is not
     given is as the catalog says."""
-    rank: int | None = None
-    """The output's rank; None is the largest of the inputs."""
+    rank: int | RankPolicy | None = None
+    """The output's rank, or what decides it; None is the largest of the inputs."""
     majority_sign: str = "total"
     clamp: float | None = None
     """Quantile in (0, 1] at which truncated factors are clamped, as PEFT's `svd_clamp`."""
@@ -77,8 +78,7 @@ class Recipe:
             raise RecipeError("no adapters were given", option="adapters")
         _check_weights(self.weights, len(self.adapters))
         _check_density(self.density, len(self.adapters))
-        if self.rank is not None and (not _is_integer(self.rank) or self.rank <= 0):
-            raise RecipeError(f"rank must be a positive integer, not {self.rank!r}", option="rank")
+        _check_rank(self.rank)
         if self.clamp is not None and not 0 < self.clamp <= 1:
             raise RecipeError(f"clamp must be in (0, 1], not {self.clamp!r}", option="clamp")
         if not _is_integer(self.seed) or not 0 <= self.seed < 2**64:
@@ -102,6 +102,7 @@ class Recipe:
             "weights": [as_json(weight) for weight in self.weights],
             "density": list(map(as_json, density)) if isinstance(density, tuple) else density,
             "parameters": dict(self.parameters),
+            "rank": str(self.rank) if isinstance(self.rank, RankPolicy) else self.rank,
         }
 
     @classmethod
@@ -114,6 +115,7 @@ class Recipe:
                 "weights": make_weights(fields["weights"], len(fields["adapters"])),
                 "density": make_density(fields["density"]),
                 "parameters": make_parameters(fields["parameters"]),
+                "rank": make_rank(fields["rank"]),
             }
         )
 
@@ -185,6 +187,17 @@ def make_number(value: Any, kind: type[Number], *, option: str) -> Number | None
         raise RecipeError(f"{option} must be {name}, not {value!r}", option=option) from error
 
 
+def make_rank(rank: Any) -> int | RankPolicy | None:
+    """Return a rank, or the policy that a text such as "energy:0.95,max:64" means.
+
+    Raises:
+        RecipeError: it is neither.
+    """
+    if isinstance(rank, RankPolicy):
+        return rank
+    return parse_rank(rank) if isinstance(rank, str) else make_number(rank, int, option="rank")
+
+
 def make_paths(adapters: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
     """Return the adapters' paths as strings.
 
@@ -229,6 +242,13 @@ def _check_share(option: str, share: float | None) -> None:
         return
     if not isinstance(share, (int, float)) or not 0 <= share <= 1:
         raise RecipeError(f"{option} must be in [0, 1], not {share!r}", option=option)
+
+
+def _check_rank(rank: int | RankPolicy | None) -> None:
+    if rank is None or isinstance(rank, RankPolicy):
+        return
+    if not _is_integer(rank) or rank <= 0:
+        raise RecipeError(f"rank must be a positive integer, not {rank!r}", option="rank")
 
 
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -18,7 +18,8 @@ import yaml
 from streammerge.catalog import PARAMETERS
 from streammerge.errors import RecipeError, RecipeFileError, shorten
 from streammerge.files import read_whole
-from streammerge.recipe import Recipe
+from streammerge.ranks import RankPolicy
+from streammerge.recipe import Recipe, make_rank
 from streammerge.schedule import Value, as_json, make_value, otherwise, scaled
 
 MAX_BYTES = 4_000_000
@@ -27,7 +28,7 @@ MAX_DEPTH = 20
 _TEXT, _NUMBER = (str,), (int, float)
 
 _OPTIONS: dict[str, tuple[type, ...]] = {
-    "rank": (int,),
+    "rank": (int, str),
     "space": _TEXT,
     "seed": (int,),
     "majority_sign": _TEXT,
@@ -131,6 +132,7 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 
 
 _Dumper.add_representer(str, _text)
+_Dumper.add_representer(RankPolicy, lambda dumper, policy: _text(dumper, str(policy)))
 
 
 def _models(recipe: Recipe) -> list[dict[str, Any]]:
@@ -174,6 +176,8 @@ class _File:
                 if key in root
             },
         }
+        if "rank" in root:
+            self._check_rank(root["rank"], options["rank"])
         dtypes = {
             key: self._typed(root[key], key, _TEXT) for key in ("dtype", "out_dtype") if key in root
         }
@@ -236,6 +240,12 @@ class _File:
     def _schedule(self, node: yaml.Node, given: Any, key: str) -> Value:
         try:
             return make_value(given, option=key)
+        except RecipeError as error:
+            raise self._error(str(error), node) from error
+
+    def _check_rank(self, node: yaml.Node, given: int | str) -> None:
+        try:
+            make_rank(given)
         except RecipeError as error:
             raise self._error(str(error), node) from error
 

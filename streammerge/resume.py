@@ -131,6 +131,6 @@ def take_back(
 
 def _reads_back(reader: RegionReader, task: Task, receipt: Receipt) -> bool:
     try:
-        return tuple(map(reader.checksum, task.regions)) == receipt.checksums
+        return tuple(map(reader.checksum, receipt.done(task).regions)) == receipt.checksums
     except StorageError:
         return False

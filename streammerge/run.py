@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streammerge import events
 from streammerge.adapter import Adapter
+from streammerge.assembly import assemble
 from streammerge.errors import StoppedError, StorageError, StreammergeError
 from streammerge.executors.serial import run_serial
 from streammerge.finish import ModuleReport, finish
@@ -15,7 +17,7 @@ from streammerge.ledger import Ledger
 from streammerge.output.header import metadata_of
 from streammerge.output.journal import Unfinished
 from streammerge.output.staging import Staging
-from streammerge.output.writer import allocate, forget, reopen
+from streammerge.output.writer import allocate, clear, forget, reopen
 from streammerge.plans import Plan, Task
 from streammerge.resume import check_same, identity, take_back
 from streammerge.worker import Job, Receipt, TaskStoppedError, fingerprint
@@ -35,7 +37,7 @@ def run_plan(
     cluster: Cluster | None = None,
     mixed_hardware: bool = False,
     deadline: float = math.inf,
-) -> tuple[list[Receipt], tuple[ModuleReport, ...]]:
+) -> tuple[Plan, list[Receipt], tuple[ModuleReport, ...]]:
     """Write the output of a plan into its staging directory, checked and durable.
 
     Args:
@@ -48,7 +50,8 @@ def run_plan(
         deadline: when it is to stop, on the clock of `time.monotonic`.
 
     Returns:
-        Receipts and reports, in the order of the plan's tasks.
+        The plan, with the ranks and places that came out where those were late; receipts and
+        reports, in the order of its tasks.
 
     Raises:
         ResumeError: what was begun is not what is planned.
@@ -57,12 +60,15 @@ def run_plan(
     """
     found = fingerprint(plan.device) if cluster is None else cluster.fingerprint(plan.device)
     now = identity(plan, adapters, found)
-    unfinished, directory = staging.unfinished, staging.path
+    unfinished, directory = staging.unfinished, staging.draft if plan.late else staging.path
     if unfinished is not None:
         before = unfinished.identity
         check_same(staging.output, before, now, mixed_hardware=mixed_hardware)
         found = now["fingerprint"] = _both(before["fingerprint"], found)
-    starts, reopened = _open_files(plan, staging)
+    if plan.late:
+        directory.mkdir(exist_ok=True)
+        clear(staging.path)  # an assembly may have been begun
+    starts, reopened = _open_files(plan, staging, directory)
     if cluster is not None:
         cluster.check_files(plan, adapters, directory)
     ledger = Ledger(plan, staging.journal)
@@ -71,8 +77,12 @@ def run_plan(
         taken = take_back(plan, reopened, directory, starts, job.check_time) if reopened else ()
         ledger.begin(now, taken)
         _execute(job, ledger, tell, cluster)
+        if plan.late:
+            plan, starts = assemble(
+                plan, ledger.receipts, directory, starts, staging.path, check=job.check_time
+            )
         reports = finish(
-            plan, adapters, directory, starts, ledger, fingerprint=found, check=job.check_time
+            plan, adapters, staging.path, starts, ledger, fingerprint=found, check=job.check_time
         )
     except TaskStoppedError as error:
         done, targets = len(plan.tasks) - len(ledger.unfinished), len(plan.tasks)
@@ -84,19 +94,22 @@ def run_plan(
         raise StorageError(f"{error.strerror}", path=str(error.filename or directory)) from error
     finally:
         job.files.close()
-    return ledger.receipts, reports
+    return plan, ledger.receipts, reports
 
 
-def _open_files(plan: Plan, staging: Staging) -> tuple[tuple[int, ...], Unfinished | None]:
-    """Return where each output file's data begin, and the unfinished run that wrote to them."""
+def _open_files(
+    plan: Plan, staging: Staging, directory: Path
+) -> tuple[tuple[int, ...], Unfinished | None]:
+    """Return where the data of each file begin that tasks write to, and the unfinished run that
+    wrote to them."""
     if staging.unfinished is not None:
-        starts = reopen(staging.path, plan.files, plan.regions, metadata_of(plan))
+        starts = reopen(directory, plan.files, plan.regions, metadata_of(plan))
         if starts is not None:
             for file in plan.files:
-                forget(staging.path / file.name)
+                forget(directory / file.name)
             return starts, staging.unfinished
         staging.journal.entries = 0  # what they speak of is gone
-    return allocate(staging.path, plan.files, plan.regions, metadata_of(plan)), None
+    return allocate(directory, plan.files, plan.regions, metadata_of(plan)), None
 
 
 def _both(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +134,8 @@ def _execute(job: Job, ledger: Ledger, tell: events.OnEvent, cluster: Cluster | 
 
     def on_receipt(task: Task, receipt: Receipt) -> None:
         ledger.record(task, receipt)
-        tell(events.TaskDone(task.target, task.read_bytes, task.write_bytes, receipt.seconds))
+        written = receipt.done(task).write_bytes
+        tell(events.TaskDone(task.target, task.read_bytes, written, receipt.seconds))
 
     if tasks:
         _executor(plan, cluster)(job, tasks, on_receipt)

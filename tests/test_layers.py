@@ -17,13 +17,13 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 # From the bottom up. A name is a module or a folder; those on one line are strangers.
 LAYERS = (
     {"errors"},
-    {"budget", "notebook", "tiling", "regular", "files", "schedule"},
+    {"budget", "notebook", "tiling", "regular", "files", "schedule", "ranks"},
     {"catalog", "plans", "recipe", "adapter", "events", "patterns"},
     {"planner", "hub"},
     {"readers", "output", "rules", "spaces", "lowrank", "select", "draw", "recipe_file"},
     {"kernels"},
     {"worker"},
-    {"executors", "ledger", "resume"},
+    {"executors", "ledger", "resume", "assembly"},
     {"finish"},
     {"run", "verification", "preparation", "consolidation"},
     {"publishing"},
@@ -36,7 +36,7 @@ HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 INIT = "__init__"
 # What is public: the calls, the errors, and the two types that the calls return.
 INIT_MAY_IMPORT = {"api", "measuring", "reporting", "errors", "adapter", "plans"}
-STANDARD_LIBRARY_ONLY = {"errors", "budget", "notebook", "tiling", "regular", "files", "schedule"}
+STANDARD_LIBRARY_ONLY = {"errors", *LAYERS[1]}
 # Reading headers, planning and showing help are pure arithmetic and text.
 WITHOUT_TORCH = {INIT, "cli", "readers", "output", "consolidation", "publishing"}.union(*LAYERS[:4])
 # Files of torch.save are read by torch, and by nobody else, when there is such a file to read.

@@ -132,9 +132,10 @@ _RULE = (
     click.option("--normalize", is_flag=True, help="Divide the weights by their sum."),
     click.option(
         "--rank",
-        type=int,
-        metavar="R",
-        help="Of the output, for svd and …_svd.  [default: the largest of the inputs]",
+        type=Word("energy:0.95", "error:0.1", name="R|energy:E[,max:R]|error:X[,max:R]"),
+        help="Of the output, where it is truncated; or, in each module, the smallest that keeps "
+        "the share E of the energy, or has at most the relative error X.  "
+        "[default: the largest of the inputs]",
     ),
     click.option(
         "--space",

@@ -83,15 +83,16 @@ def _totals(plan: Plan) -> list[str]:
 
     ranks = Counter(task.rank for task in plan.targets)
     routes = Counter(task.route for task in plan.tasks)
+    at_most, policy = ("at most ", f"; {plan.recipe['rank']}") if plan.late else ("", "")
     rows: list[tuple[str, object]] = [
         ("method", f"{plan.recipe['method']}: rule {plan.rule}, space {plan.space}"),
         ("adapters", len(plan.recipe["adapters"])),
         ("targets", len(plan.targets)),
         ("extra tensors", _extras(plan)),
-        ("output rank", _counts(ranks)),
+        ("output rank", f"{at_most}{_counts(ranks)}{policy}"),
         ("output dtype", plan.dtype),
         ("reads", format_size(plan.read_bytes)),
-        ("writes", f"{format_size(plan.write_bytes)} in {len(plan.files)} file(s)"),
+        ("writes", f"{at_most}{format_size(plan.write_bytes)} in {len(plan.files)} file(s)"),
         ("route", _counts(routes)),
         ("tasks at once", _concurrency(plan)),
         ("memory allowed", f"{format_size(plan.allowed_bytes)}, {plan.allowed_origin}"),

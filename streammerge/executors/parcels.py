@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,12 @@ class Parcels:
         # Released, or its tasks would run again if the worker were lost later.
         future.release()
         job = self.job
-        regions = [region for task in bundle for region in task.regions]
+        done = [receipt.done(task) for task, receipt in zip(bundle, receipts, strict=True)]
+        regions = [region for task in done for region in task.regions]
         checksums = [checksum for receipt in receipts for checksum in receipt.checksums]
-        moves = list(zip(regions, checksums, strict=True))
+        # A part has room for what was planned at most.
+        sizes = [region.nbytes for task in bundle for region in task.regions]
+        moves = list(zip(accumulate(sizes[:-1], initial=0), regions, checksums, strict=True))
         names = [file.name for file in job.plan.files]
         seal(Path(part), job.directory, job.starts, names, moves)
         for task, receipt in zip(bundle, receipts, strict=True):

@@ -44,28 +44,37 @@ def seal(
         directory: of the output's files.
         starts: where each of these files' data begin.
         names: of these files.
-        moves: the part's regions one after another: where each belongs, and its checksum.
+        moves: the part's regions: where each begins and belongs, and its checksum.
 
     Raises:
         StorageError: the file system refused.
         VerificationError: a region is not what was written.
     """
-    offset = 0
     with RegionReader(part.parent, (part.name,), (0,)) as reader:
-        for region, checksum in moves:
-            path = directory / names[region.file]
-            with RegionWriter(path, starts[region.file], region) as writer:
-                for data in reader.pieces(replace(region, file=0, offset=offset)):
-                    writer.append(data)
-            if writer.checksum != checksum:
-                problem = f"{region.name} does not read back as it was written"
-                raise VerificationError(path=str(part), problems=(problem,))
-            offset += region.nbytes
+        for offset, region, checksum in moves:
+            source = replace(region, file=0, offset=offset)
+            writer = RegionWriter(directory / names[region.file], starts[region.file], region)
+            carry(reader, source, writer, checksum)
     try:
         part.unlink()
     except OSError as error:
         raise StorageError(f"cannot be removed ({error.strerror})", path=str(part)) from error
 
 
-Move = tuple[Region, str]
-"""A region of the output, and the checksum of its bytes."""
+def carry(reader: RegionReader, source: Region, writer: RegionWriter, checksum: str) -> None:
+    """Copy a region from where it was written first to its place, checked on the way.
+
+    Raises:
+        StorageError: the file system refused.
+        VerificationError: the region is not what was written.
+    """
+    with writer:
+        for data in reader.pieces(source):
+            writer.append(data)
+    if writer.checksum != checksum:
+        problem = f"{source.name} does not read back as it was written"
+        raise VerificationError(path=str(reader.directory), problems=(problem,))
+
+
+Move = tuple[int, Region, str]
+"""Where a region begins in a part; the region of the output; and the checksum of its bytes."""

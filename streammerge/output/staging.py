@@ -81,6 +81,13 @@ def staging_path(output: Path) -> Path:
     return resolved.with_name(f".{resolved.name}.streammerge")
 
 
+def draft_path(output: Path) -> Path:
+    """Return where a merge into `output` keeps tensors whose places are only known at its end:
+    beside its staging directory, which becomes the output as it is."""
+    staging = staging_path(output)
+    return staging.with_name(staging.name + "-draft")
+
+
 def lock_path(output: Path) -> Path:
     """Return the file whose lock a merge into `output` holds."""
     staging = staging_path(output)
@@ -107,6 +114,8 @@ class Staging:
         """
         self.output = output.resolve()
         self.path = staging_path(output)
+        self.draft = draft_path(output)
+        """Made by whoever needs it; it is removed as `path` is."""
         self.journal = Journal(journal_path(output))
         self.unfinished: Unfinished | None = None
         """What is gone on with."""
@@ -290,7 +299,7 @@ class Staging:
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(left)
 
-        return [lambda: remove(self._aside), lambda: remove(self.path)]
+        return [lambda: remove(self._aside), lambda: remove(self.draft), lambda: remove(self.path)]
 
     def _restore(self) -> None:
         """Give an earlier output its name back, if a run was killed between two renames, or remove

@@ -11,7 +11,7 @@ import ctypes
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
 from io import FileIO
@@ -97,7 +97,12 @@ def reopen(
         _is_allocated(directory / file.name, header, file.data_bytes)
         for file, header in zip(files, rendered, strict=True)
     )
-    known = {file.name for file in files} if whole else set()
+    clear(directory, {file.name for file in files} if whole else set())
+    return tuple(len(header) for header in rendered) if whole else None
+
+
+def clear(directory: Path, known: Collection[str] = ()) -> None:
+    """Remove all that lies in a directory but what has a known name."""
     for path in directory.iterdir():
         if path.name in known:
             continue
@@ -105,7 +110,6 @@ def reopen(
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
-    return tuple(len(header) for header in rendered) if whole else None
 
 
 def _is_allocated(path: Path, header: bytes, data_bytes: int) -> bool:
@@ -123,8 +127,8 @@ class RegionWriter:
     def __init__(self, path: Path, data_start: int, region: Region) -> None:
         self._path = path
         self._region = region
-        self._next = data_start + region.offset
-        self._end = self._next + region.nbytes
+        self._next = self._start = data_start + region.offset
+        self._end = self._start + region.nbytes
         self._behind = self._next
         self._hash = xxhash.xxh3_128()
 
@@ -147,6 +151,12 @@ class RegionWriter:
         os.close(self._descriptor)
         if kind is None and self._next != self._end:
             raise AssertionError(f"{self._region.name}: {self._end - self._next} bytes are missing")
+
+    def shorten(self, nbytes: int) -> None:
+        """Have the region end after so many bytes of those that were planned at most."""
+        if not self._next <= self._start + nbytes <= self._end:
+            raise AssertionError(f"{self._region.name}: {nbytes} bytes are none of its lengths")
+        self._end = self._start + nbytes
 
     def append(self, data: memoryview) -> None:
         """Write the region's next bytes.
@@ -207,7 +217,8 @@ class RegionReader:
             names: of the files.
             starts: where each one's data begin.
         """
-        self._directory = directory
+        self.directory = directory
+        """Of the files."""
         self._names = names
         self._starts = starts
         # A map, for it begins at a page: the system copies elsewhere at a quarter of the speed.
@@ -233,7 +244,7 @@ class RegionReader:
         Raises:
             StorageError: it cannot be read, or the file ends inside it.
         """
-        path = self._directory / self._names[region.file]
+        path = self.directory / self._names[region.file]
         try:
             stream = self._stream(region.file, path)
             stream.seek(self._starts[region.file] + region.offset)

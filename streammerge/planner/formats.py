@@ -8,7 +8,7 @@ from typing import Any
 
 from streammerge.adapter import DIFFUSERS, IMAGE_DIALECTS, PEFT, Adapter
 from streammerge.errors import IncompatibleError, RecipeError
-from streammerge.planner.output_config import rank_pattern, usual_rank
+from streammerge.planner.output_config import rank_fields
 from streammerge.recipe import Recipe
 
 _COMPONENT = re.compile(r"(unet|text_encoder(?:_[23])?|transformer(?:_2)?)\.(.+)")
@@ -86,17 +86,12 @@ def image_config(ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _fields(ranks: Mapping[str, int]) -> dict[str, Any]:
-    rank = usual_rank(ranks)
-    pattern = rank_pattern(ranks, rank)
     return {
-        "alpha_pattern": pattern,
+        **rank_fields(ranks),
         "bias": "none",
-        "lora_alpha": rank,
         "lora_bias": False,
         "lora_dropout": 0.0,
         "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": pattern,
         "target_modules": sorted(ranks),
         "use_dora": False,
         "use_rslora": False,

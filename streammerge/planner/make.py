@@ -34,10 +34,11 @@ from streammerge.planner.formats import check_image_extras, image_config, output
 from streammerge.planner.hold import Draft
 from streammerge.planner.layout import Pair, lay_out
 from streammerge.planner.output_config import output_config
-from streammerge.planner.routes import Shape, choose_course
+from streammerge.planner.routes import COORDINATES, Shape, choose_course
 from streammerge.planner.scaling import scalings
 from streammerge.planner.sources import resolve, weights_by_name, with_extras
 from streammerge.plans import Plan
+from streammerge.ranks import RankPolicy
 from streammerge.recipe import Recipe
 
 
@@ -81,7 +82,7 @@ def make_plan(
     check_shapes(adapters, alignment, equal_ranks=space.equal_ranks)
     dtype = output_dtype(adapters, alignment, recipe.dtype)
     stored = STORED_NAMES[dtype]
-    shapes = _shapes(adapters, alignment, recipe, space, dtype, stream=stream)
+    shapes = _shapes(adapters, alignment, recipe, (rule, space), dtype, stream=stream)
     drafts = [
         Draft(group, shape, choose_course(rule, space, shape))
         for group, shape in zip(alignment.groups, shapes, strict=True)
@@ -130,6 +131,7 @@ def make_plan(
         scratch=scratch,
         extras=extra.modules,
         notices=(*extra.notices, *notices, *settled, *partial_targets(adapters, alignment)),
+        late=isinstance(recipe.rank, RankPolicy),
     )
 
 
@@ -224,7 +226,7 @@ def _shapes(
     adapters: Sequence[Adapter],
     alignment: Alignment,
     recipe: Recipe,
-    space: SpaceSpec,
+    method: tuple[RuleSpec, SpaceSpec],
     dtype: str,
     *,
     stream: bool,
@@ -238,16 +240,22 @@ def _shapes(
     stored = rank * (n * a_item + m * b_item)
     remote = np.array([stream and adapter.files[0].etag is not None for adapter in adapters])
     fetched = stored * remote[alignment.adapter]
-    asked = recipe.rank or int(rank.max())
+    rule, space = method
+    late = isinstance(recipe.rank, RankPolicy)
+    limit = recipe.rank.largest if isinstance(recipe.rank, RankPolicy) else recipe.rank
+    asked = limit or int(rank.max())
+    # No policy asks for more than the sources span, where the result lies in that.
+    spanned = late and (rule.name == "linear" or space.name in COORDINATES)
     turned = np.array([adapter.dialect == MLX for adapter in adapters])[alignment.adapter]
     for group in alignment.groups:
         rows = slice(group.first, group.last)
         ranks = tuple(rank[rows].tolist())
         height, width = int(m[group.first]), int(n[group.first])
+        most = min(asked, sum(ranks)) if spanned else asked
         yield Shape(
             m=height,
             n=width,
-            rank=_output_rank(space, ranks, min(asked, height, width)),
+            rank=_output_rank(space, ranks, min(most, height, width)),
             ranks=ranks,
             source_bytes=int(stored[rows].sum()),
             stored_item=int(max(a_item[rows].max(), b_item[rows].max())),

@@ -38,10 +38,9 @@ def output_config(
     """
     configs = [a.config for a in adapters if a.config is not None]
     task_type, notices = _task_type([c.task_type for c in configs], heads.tasks)
-    rank = usual_rank(ranks)
-    pattern = rank_pattern(ranks, rank)
+    fields = rank_fields(ranks)
     config: dict[str, Any] = {
-        "alpha_pattern": pattern,
+        "alpha_pattern": fields["alpha_pattern"],
         "auto_mapping": _agreed([_mapping(c.raw.get("auto_mapping")) for c in configs]),
         "base_model_name_or_path": base_model
         or next((c.base_model for c in configs if c.base_model), None),
@@ -49,13 +48,13 @@ def output_config(
         "fan_in_fan_out": any(c.fan_in_fan_out for c in configs),
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": rank,
+        "lora_alpha": fields["lora_alpha"],
         "lora_bias": heads.lora_bias,
         "lora_dropout": 0.0,
         "modules_to_save": list(heads.modules_to_save) or None,
         "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": pattern,
+        "r": fields["r"],
+        "rank_pattern": fields["rank_pattern"],
         "revision": _agreed([_text(c.raw.get("revision")) for c in configs]),
         "target_modules": _target_modules(configs, sorted(ranks), selected=selected),
         "task_type": task_type,
@@ -87,6 +86,13 @@ def _target_modules(
     if finely and len(targets) <= MAX_BRANCHES:
         return "|".join(re.escape(target) for target in targets)
     return targets
+
+
+def rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Return the fields of a LoraConfig by which targets of these ranks have a scaling of 1."""
+    rank = usual_rank(ranks)
+    pattern = rank_pattern(ranks, rank)
+    return {"alpha_pattern": pattern, "lora_alpha": rank, "r": rank, "rank_pattern": pattern}
 
 
 def rank_pattern(ranks: Mapping[str, int], rank: int) -> dict[str, int]:

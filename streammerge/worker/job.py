@@ -21,7 +21,9 @@ from streammerge.kernels.bases import left_basis
 from streammerge.kernels.tiles import RuleOptions
 from streammerge.output.writer import RegionWriter
 from streammerge.plans import Plan, Region
+from streammerge.ranks import RankPolicy
 from streammerge.readers.windows import Bytes, OpenFiles, mapped, pread
+from streammerge.recipe import make_rank
 from streammerge.spaces.bases import coordinates
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
@@ -82,6 +84,9 @@ class Job:
         self.dtype: torch.dtype = getattr(torch, recipe["compute_dtype"])
         self.output_dtype: torch.dtype = getattr(torch, plan.dtype)
         self.options = RuleOptions(plan.rule, recipe["majority_sign"], plan.parameters)
+        rank = make_rank(recipe["rank"])
+        self.policy = rank if isinstance(rank, RankPolicy) else None
+        """What decides the rank of each target, where that is not known before."""
 
     def window(self, file: TensorFile, offset: int, nbytes: int) -> Bytes:
         """Return stored bytes of an input.

@@ -13,8 +13,10 @@ from streammerge.lowrank import (
     Truncation,
     balanced_pair,
     clamped_pair,
+    cut,
     residual_excess,
     rounding_energy,
+    smallest_rank,
 )
 from streammerge.tiling import factor_rows
 from streammerge.worker.encode import write
@@ -24,6 +26,13 @@ from streammerge.worker.work import Work, Writers
 
 def write_pair(work: Work, triples: Truncation, writers: Writers) -> Certificate:
     """Write B and A, rows by rows, and judge them as written."""
+    reached = True
+    if work.job.policy is not None:
+        rank, reached = smallest_rank(triples, work.job.policy.lost_share)
+        triples = cut(triples, rank)
+        item = work.job.output_dtype.itemsize
+        writers.a.shorten(rank * work.task.n * item)
+        writers.b.shorten(rank * work.task.m * item)
     clamp = work.job.plan.recipe["clamp"]
     if clamp is None:
         b, a_turned = balanced_pair(triples)
@@ -35,7 +44,7 @@ def write_pair(work: Work, triples: Truncation, writers: Writers) -> Certificate
             raise ClampError(target=work.task.target, quantile=float(clamp), limit=limit)
         _write_factors(work, b, a_turned, writers)
         rounding = rounding_energy([(best_b, b)], [(best_a, a_turned)])
-    return _certify(triples, rounding)
+    return replace(_certify(triples, rounding), reached=reached)
 
 
 def _write_factors(work: Work, b: torch.Tensor, a_turned: torch.Tensor, writers: Writers) -> float:
@@ -69,6 +78,7 @@ def _certify(triples: Truncation, rounding: float) -> Certificate:
             0.0,
             converged=True,
             passes=triples.passes,
+            rank=len(triples.s),
             directions=triples.directions,
             gap=triples.gap,
         )
@@ -79,6 +89,7 @@ def _certify(triples: Truncation, rounding: float) -> Certificate:
         excess=residual_excess(triples.missed + rounding, lost),
         converged=triples.converged,
         passes=triples.passes,
+        rank=len(triples.s),
         directions=triples.directions,
         gap=triples.gap,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from streammerge.plans import Task, at_rank
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -18,6 +20,10 @@ class Certificate:
     """How far that is above the best possible of the rank, relatively."""
     converged: bool
     passes: int
+    rank: int
+    """Of the pair."""
+    reached: bool = True
+    """Whether that keeps what the recipe's rank policy asks for."""
     directions: tuple[int, ...] = ()
     """Of the bases in which the rule saw coordinates, of columns and perhaps of rows."""
     gap: float | None = None
@@ -37,6 +43,10 @@ class Receipt:
     device: str
     """Where it was computed, which decides the rounding: "cpu", "cuda", …"""
     seconds: float
+
+    def done(self, task: Task) -> Task:
+        """Return the task that this is of, with the rank that its pair has turned out to have."""
+        return task if self.certificate is None else at_rank(task, self.certificate.rank)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON holds it; `from_dict` takes it back."""
