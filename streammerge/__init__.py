@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from streammerge.adapter import Adapter
-    from streammerge.api import MergeResult, consolidate, merge, open_adapter, plan, push, verify
+    from streammerge.api import (
+        MergeResult,
+        compress,
+        consolidate,
+        merge,
+        open_adapter,
+        plan,
+        push,
+        verify,
+    )
     from streammerge.errors import StreammergeError
     from streammerge.measuring import Measured, measure
     from streammerge.plans import Plan
@@ -24,6 +33,7 @@ _HOME = {
     "Plan": "streammerge.plans",
     "Report": "streammerge.reporting",
     "StreammergeError": "streammerge.errors",
+    "compress": "streammerge.api",
     "consolidate": "streammerge.api",
     "measure": "streammerge.measuring",
     "merge": "streammerge.api",
@@ -41,6 +51,7 @@ __all__ = [
     "Plan",
     "Report",
     "StreammergeError",
+    "compress",
     "consolidate",
     "measure",
     "merge",

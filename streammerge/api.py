@@ -26,7 +26,16 @@ from streammerge.publishing import push as push_output
 from streammerge.readers import read_adapter
 from streammerge.verification import verify
 
-__all__ = ["MergeResult", "consolidate", "merge", "open_adapter", "plan", "push", "verify"]
+__all__ = [
+    "MergeResult",
+    "compress",
+    "consolidate",
+    "merge",
+    "open_adapter",
+    "plan",
+    "push",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from streammerge.finish import ModuleReport
@@ -387,6 +396,96 @@ def merge(
         tell(events.Notice(notice))
     result = MergeResult(Path(output), planned, modules, (*planned.notices, *late), seconds)
     return result if push is None else _with_push(result, push, tell, private=private)
+
+
+def compress(
+    adapter: StrPath,
+    output: StrPath,
+    *,
+    rank: int | str,
+    dtype: str = "auto",
+    format: str = "auto",  # noqa: A002  (the option's name)
+    compute_dtype: str = "float32",
+    extras: str = "error",
+    scaling: str | float | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+    base_model: str | None = None,
+    max_memory: str | int | None = None,
+    workers: int | None = None,
+    device: str = CPU,
+    max_vram: str | int | None = None,
+    io: str = "mmap",
+    stream: bool = False,
+    scratch: StrPath | None = None,
+    scheduler: Any = None,
+    mixed_hardware: bool = False,
+    max_shard_size: str | int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    time_limit: str | float | None = None,
+    on_event: events.OnEvent | None = None,
+) -> MergeResult:
+    """Cut one adapter to a smaller rank: its merge by itself, with "svd" and a weight of 1.
+
+    Each module gets the best pair of its rank, of scaling 1. All arguments are those of `merge`,
+    and so is what is returned and raised.
+
+    Args:
+        adapter: a directory or a file, or an id on the Hub.
+        output: directory to make.
+        rank: of all modules, such as 8; or what each of them has to keep, such as "energy:0.99" or
+            "error:0.1,max:32", where no rank is larger than it was.
+        dtype: of the output; "auto" is that of the adapter.
+        format: of the output.
+        compute_dtype: of the arithmetic.
+        extras: what to do about tensors that are not LoRA factors.
+        scaling: where the config does not explain a tensor's rank.
+        include: take only modules in whose name this regular expression is found.
+        exclude: leave out modules in whose name it is found.
+        base_model: what the output's config names as its base.
+        max_memory: for the whole process.
+        workers: tasks at once.
+        device: where they compute.
+        max_vram: of the device's memory.
+        io: "mmap" or "pread".
+        stream: read an adapter on the Hub from there, and store nothing of it.
+        scratch: directory for tiles that do not fit into memory.
+        scheduler: of a dask cluster.
+        mixed_hardware: let workers take part that round differently.
+        max_shard_size: write shards of at most this size.
+        overwrite: replace an earlier output, which may be the adapter itself.
+        resume: go on where it was stopped.
+        time_limit: stop after this long.
+        on_event: called with what happens.
+    """
+    return merge(
+        [adapter],
+        output,
+        rank=rank,
+        dtype=dtype,
+        format=format,
+        compute_dtype=compute_dtype,
+        extras=extras,
+        scaling=scaling,
+        include=include,
+        exclude=exclude,
+        base_model=base_model,
+        max_memory=max_memory,
+        workers=workers,
+        device=device,
+        max_vram=max_vram,
+        io=io,
+        stream=stream,
+        scratch=scratch,
+        scheduler=scheduler,
+        mixed_hardware=mixed_hardware,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        resume=resume,
+        time_limit=time_limit,
+        on_event=on_event,
+    )
 
 
 def _with_push(

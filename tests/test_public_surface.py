@@ -23,6 +23,7 @@ PUBLIC = [
     "Plan",
     "Report",
     "StreammergeError",
+    "compress",
     "consolidate",
     "measure",
     "merge",
@@ -34,6 +35,7 @@ PUBLIC = [
 ]
 COMMANDS = {
     "completion",
+    "compress",
     "consolidate",
     "inspect",
     "merge",
@@ -108,6 +110,18 @@ class TestNames:
         ]
         assert all(plan[name].default == merge[name].default for name in plan if name != "output")
 
+    def test_compress_takes_what_merge_takes(self) -> None:
+        """But for what goes with several adapters, or with other rules."""
+        merge = inspect.signature(streammerge.merge).parameters
+        compress = inspect.signature(streammerge.compress).parameters
+        both = [name for name in compress if name not in ("adapter", "rank")]
+        assert both == [name for name in merge if name in both]
+        assert all(compress[name].default == merge[name].default for name in both)
+        assert merge.keys() - compress.keys() == {
+            *("adapters", "method", "weights", "density", "parameters", "normalize", "space"),
+            *("majority_sign", "clamp", "seed", "strict_base", "push", "private"),
+        }
+
 
 class TestErrors:
     @pytest.mark.parametrize("error", ERRORS)
@@ -175,6 +189,12 @@ class TestCommandLine:
         }
         missing = {name for name in arguments if f"--{name.replace('_', '-')}" not in shown}
         assert not missing
+
+    def test_the_options_of_compress_are_those_of_the_call(self) -> None:
+        shown = cli("compress", "--help")
+        arguments = inspect.signature(streammerge.compress).parameters.keys()
+        named = {name for name in arguments if f"--{name.replace('_', '-')}" in shown}
+        assert arguments - named == {"adapter", "on_event"}
 
     def test_a_usage_error_exits_with_2(self) -> None:
         found = subprocess.run([*COMMAND, "merg"], capture_output=True, text=True, check=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from streammerge.cli.completion import completion
+from streammerge.cli.compress import compress
 from streammerge.cli.consolidate import consolidate
 from streammerge.cli.inspect import inspect
 from streammerge.cli.merge import merge
@@ -39,5 +40,8 @@ def main() -> None:
     """Merge LoRA adapters: files in, one adapter out, no base model, bounded memory."""
 
 
-for command in (merge, run, plan, inspect, verify, report, methods, consolidate, push, completion):
+for command in (
+    *(merge, run, plan, compress, inspect, verify, report, methods, consolidate, push),
+    completion,
+):
     main.add_command(command)

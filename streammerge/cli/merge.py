@@ -24,7 +24,10 @@ from streammerge.cli.push import pushing, said_of, tell_notices
 from streammerge.cli.stopping import Stops, resuming_line, until_stopped
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from streammerge.api import MergeResult
+    from streammerge.plans import Plan
 
 EXAMPLES = """\b
 Examples:
@@ -72,9 +75,24 @@ def run_merge(
     time_limit: str | None,
     quiet: bool,
     as_json: bool,
+    summary: Callable[[MergeResult], list[str]] | None = None,
     **options: Any,
 ) -> None:
-    """Merge, or show the plan, and print what came out; `options` are those of the Python call."""
+    """Merge, or show the plan, and print what came out.
+
+    Args:
+        adapters: as in the Python call.
+        output: as in the Python call.
+        push: where the output is brought to, too.
+        private: whether that is made a private one.
+        dry_run: whether the plan is shown, and no more.
+        resume: as in the Python call.
+        time_limit: as in the Python call.
+        quiet: whether there is no progress.
+        as_json: whether the result is printed as JSON.
+        summary: returns what is said of the result; as of a merge when None.
+        options: those of the Python call.
+    """
     if dry_run:
         show_plan(adapters, output, as_json=as_json, notes=not (quiet and as_json), **options)
         return
@@ -91,7 +109,7 @@ def run_merge(
         if as_json:
             say_json(_facts(result))
             return
-        say(*_summary(result))
+        say(*(summary or _summary)(result))
         if not quiet:
             tip(*_next_steps(output))
 
@@ -176,12 +194,23 @@ def _summary(result: MergeResult) -> list[str]:
         mean = sum(error for error, _ in errors) / len(errors)
         worst, target = max(errors)
         lines.append(
-            f"cut to rank {plan.usual_rank}: relative error {mean:.3g} on average, {worst:.3g} "
-            f"at most ({target})"
+            f"cut to {ranks_of(plan)}: relative error {mean:.3g} on average, {worst:.3g} at most "
+            f"({target})"
         )
     if result.pushed is not None:
         lines.append(said_of(result.pushed))
     return lines
+
+
+def ranks_of(plan: Plan) -> str:
+    """Return the rank that most targets have, or, where a policy chose them, from where to where
+    they go."""
+    asked = plan.recipe["rank"]
+    if not isinstance(asked, str):
+        return f"rank {plan.usual_rank}"
+    ranks = sorted({task.rank for task in plan.targets})
+    span = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"
+    return f"{span} ({asked})"
 
 
 def _facts(result: MergeResult) -> dict[str, Any]:

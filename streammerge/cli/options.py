@@ -102,7 +102,17 @@ class Scaling(Word):
             self.fail(f"{value!r} is none of config, tensor, or a number", param, ctx)
 
 
+_RANK = Word("energy:0.95", "error:0.1", name="R|energy:E[,max:R]|error:X[,max:R]")
+
 _METHOD_HELP = "`streammerge methods` lists them: " + ", ".join(METHODS) + "."
+
+_COMPUTE_DTYPE = click.option(
+    "--compute-dtype",
+    type=Word(*COMPUTE_DTYPES),
+    default="float32",
+    show_default=True,
+    help="Of the arithmetic; float64 is slower, to check with.",
+)
 
 _RULE = (
     click.option(
@@ -132,7 +142,7 @@ _RULE = (
     click.option("--normalize", is_flag=True, help="Divide the weights by their sum."),
     click.option(
         "--rank",
-        type=Word("energy:0.95", "error:0.1", name="R|energy:E[,max:R]|error:X[,max:R]"),
+        type=_RANK,
         help="Of the output, where it is truncated; or, in each module, the smallest that keeps "
         "the share E of the energy, or has at most the relative error X.  "
         "[default: the largest of the inputs]",
@@ -163,13 +173,7 @@ _RULE = (
         show_default=True,
         help="Of what dare drops: the same seed, the same bytes.",
     ),
-    click.option(
-        "--compute-dtype",
-        type=Word(*COMPUTE_DTYPES),
-        default="float32",
-        show_default=True,
-        help="Of the arithmetic; float64 is slower, to check with.",
-    ),
+    _COMPUTE_DTYPE,
 )
 
 _INPUTS = (
@@ -192,6 +196,9 @@ _INPUTS = (
     click.option(
         "--base-model", metavar="ID", help="Named by the output, instead of what the adapters name."
     ),
+)
+
+_INPUTS_TOGETHER = (
     click.option("--strict-base", is_flag=True, help="Refuse adapters of different base models."),
 )
 
@@ -279,7 +286,7 @@ _RUN = (click.option("--json", "as_json", is_flag=True, help="Print the result a
 
 _SECTIONS = {
     "What to make": _RULE,
-    "What to take": _INPUTS,
+    "What to take": (*_INPUTS, *_INPUTS_TOGETHER),
     "Memory and machine": _MACHINE,
     OUTPUT: (*_OUTPUT, *_OVERWRITE),
     RUN: _RUN,
@@ -301,6 +308,21 @@ def machine_options(command: Callable[..., None]) -> Callable[..., None]:
     for title, options in reversed(_HERE.items()):
         command = section(title, *options)(command)
     return command
+
+
+def compress_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the adapter, the rank and all options that go with one adapter to a command."""
+    rank = click.option(
+        "--rank",
+        required=True,
+        type=_RANK,
+        help="Of all modules; or of each the smallest that keeps the share E of the energy, or has "
+        "at most the relative error X.",
+    )
+    own = {"What to make": (rank, _COMPUTE_DTYPE), "What to take": _INPUTS}
+    for title, options in reversed((_SECTIONS | own).items()):
+        command = section(title, *options)(command)
+    return click.argument("adapter", type=click.Path())(command)
 
 
 run_options = section(

@@ -31,11 +31,15 @@ HOSTED = "hosted"
 Result = TypeVar("Result")
 
 
+_RESUMABLE = ("merge", "run", "compress")
+"""Commands that go on with --resume."""
+
+
 def resuming_line() -> str:
     """Return the command line that goes on with a merge: this one, with --resume."""
     words = list(sys.argv[1:])
     if "--resume" not in words:
-        commands = [place for place, word in enumerate(words) if word in ("merge", "run")]
+        commands = [place for place, word in enumerate(words) if word in _RESUMABLE]
         words.insert(commands[0] + 1 if commands else len(words), "--resume")
     return command_line(*words)
 
