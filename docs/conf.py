@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parent))
 # left out. To add one, write its name under the heading where a reader would look for it.
 NAVIGATION = {
     "Use": [
-        *("quickstart", "choosing", "methods", "formats", "extras", "recipes", "seeing"),
+        *("quickstart", "choosing", "methods", "ranks", "formats", "extras", "recipes", "seeing"),
         *("hub", "publishing"),
     ],
     "Memory and machines": ["memory", "reliability", "clusters", "scaling", "benchmarks"],

@@ -296,6 +296,20 @@ def test_adapters_of_unequal_ranks_load(
     check(EXAMPLES[name], merge(method, unequal_ranks, tmp_path / "merged"))
 
 
+@pytest.mark.parametrize("method", ["svd", "ties_svd"])
+@pytest.mark.parametrize(("name", "unequal_ranks"), each(), indirect=["unequal_ranks"])
+def test_ranks_that_a_policy_chose_load(
+    name: str, unequal_ranks: list[Path], method: str, tmp_path: Path
+) -> None:
+    merged = merge(method, unequal_ranks, tmp_path / "merged", rank="error:0.4,max:11")
+    check(EXAMPLES[name], merged)
+    config = json.loads((merged / "adapter_config.json").read_text())
+    targets = peft_oracle.read_adapter(merged)
+    ranks = {config["rank_pattern"].get(target, config["r"]) for target in targets}
+    assert len(ranks) > 1
+    assert config["alpha_pattern"] == config["rank_pattern"]
+
+
 @pytest.mark.parametrize(("method", "rank"), [("cat", None), ("svd", 12)])
 @pytest.mark.parametrize(("name", "unequal_ranks"), each(), indirect=["unequal_ranks"])
 def test_the_exact_methods_run_as_the_weighted_sum_of_the_sources(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -49,6 +50,7 @@ from streammerge.errors import RecipeError
 from streammerge.lowrank import Truncation, cut, smallest_rank
 from streammerge.output.staging import MARK_NAME, draft_path, journal_path, staging_path
 from streammerge.plans import Plan
+from streammerge.publishing.card import render_card
 from streammerge.ranks import RankPolicy, parse_rank
 from streammerge.recipe import Recipe
 from streammerge.recipe_file import read_recipe, write_recipe
@@ -1023,3 +1025,11 @@ def test_a_page_and_a_card_tell_the_ranks(plain: Path, tmp_path: Path) -> None:
     streammerge.report(plain, tmp_path / "page.html")
     ranks = sorted(set(ranks_in(plain).values()))
     assert f"{ranks[0]}–{ranks[-1]}" in (tmp_path / "page.html").read_text()
+    record, config = (json.loads((plain / name).read_text()) for name in (MARK_NAME, CONFIG))
+    card = render_card(record, config, "alice/merged")
+    others = sorted(set(config["rank_pattern"].values()))
+    assert (
+        f"- rank of the result: `{config['r']}`; elsewhere `{others[0]}` to `{others[-1]}`" in card
+    )
+    (command,) = re.findall(r"```sh\n(.*)\n```", card)
+    assert f"--rank {ASKED}" in command

@@ -191,13 +191,17 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 
 
 @pytest.mark.usefixtures("sharing")
-@pytest.mark.parametrize("method", ["ties_svd", "dare_linear_svd", "svd"])
+@pytest.mark.parametrize(
+    ("method", "rank"),
+    [("ties_svd", 4), ("dare_linear_svd", 4), ("svd", 4), ("ties_svd", "energy:0.02,max:4")],
+)
 def test_three_workers_share_a_target(
-    method: str, sources: list[str], three: LocalCluster, tmp_path: Path
+    method: str, rank: int | str, sources: list[str], three: LocalCluster, tmp_path: Path
 ) -> None:
     given = sources if method == "svd" else sources[:5]
-    streammerge.merge(given, tmp_path / "serial", workers=1, **options(method))
-    result = streammerge.merge(given, tmp_path / "out", scheduler=three.address, **options(method))
+    asked = options(method) | {"rank": rank}
+    streammerge.merge(given, tmp_path / "serial", workers=1, **asked)
+    result = streammerge.merge(given, tmp_path / "out", scheduler=three.address, **asked)
     assert [task.team for task in result.plan.tasks] == [3, 1]
     assert files(tmp_path / "out") == files(tmp_path / "serial")
     assert not held_by(three)

@@ -38,6 +38,7 @@ from streammerge.output.staging import Staging
 from streammerge.planner import make_plan
 from streammerge.planner.scaling import scalings
 from streammerge.plans import Plan
+from streammerge.ranks import RankPolicy
 from streammerge.readers import read_adapters
 from streammerge.recipe import Recipe
 from streammerge.run import run_plan
@@ -56,11 +57,12 @@ SEPARATED = 1.1
 CLEAR = 1e-3
 """From this margin on bases are compared; what rounding leaves grows as it falls."""
 
-EXACT, ELEMENTS, TRUNCATED, CLAMPED, UNDECIDED = (
+EXACT, ELEMENTS, TRUNCATED, CLAMPED, CHOSEN, UNDECIDED = (
     "exact",
     "elements",
     "truncated",
     "clamped",
+    "ranks chosen",
     "undecided",
 )
 
@@ -342,7 +344,12 @@ def _judge_delta(
     a, b = pair
     seen = _seen(case, here)
     m, n = here.sources[0].delta.shape
-    rank = min(case.options.get("rank") or largest, m, n)
+    asked = case.options.get("rank")
+    policy = asked if isinstance(asked, RankPolicy) else None
+    limit = min((policy.largest if policy else asked) or largest, m, n)
+    if policy and (case.rule == "linear" or case.space in ("core", "knots")):
+        limit = min(limit, sum(len(source.a) for source in here.sources))
+    rank = min(max(1, len(a)), limit) if policy else limit
     if a.shape != (rank, n) or b.shape != (m, rank):
         yield f"{here.target}: shapes {a.shape} and {b.shape}, not of rank {rank}"
         return
@@ -365,6 +372,8 @@ def _judge_delta(
         SUBNORMAL[judged.dtype] * math.sqrt(rank * m * n) * (np.abs(a).max() + np.abs(b).max())
     )
     allowed = rounding * scale / bases + 3 * cast * sizes + float(nothing) + 1e-300
+    if policy:
+        yield from _judge_rank(judged, here, expected, policy, ranks=(rank, limit), allowed=allowed)
     if case.options.get("clamp"):
         yield from _judge_clamped(judged, here, pair, expected, (rank, allowed))
         return
@@ -377,6 +386,30 @@ def _judge_delta(
             f"{here.target}: residual {distance:.9g}, the best is {best:.9g}: {share:.3g} times "
             "the tolerance"
         )
+
+
+def _judge_rank(
+    judged: Judged,
+    here: Present,
+    expected: Matrix,
+    policy: RankPolicy,
+    *,
+    ranks: tuple[int, int],
+    allowed: float,
+) -> Iterator[str]:
+    """Compare the rank that was chosen, of those up to a limit, with the smallest that will do."""
+    rank, limit = ranks
+    norm = float(np.linalg.norm(expected))
+    rounding = 1e-5 if judged.case.options["compute_dtype"] == "float32" else 1e-12
+    most = max(policy.lost_share, rounding**2) * norm**2
+    # As far as the matrix may be off, and the certificate of an iteration.
+    unsure = 2 * norm * allowed + allowed**2 + RESIDUAL * norm**2
+    lost = [restated.residual(expected, k) ** 2 for k in (rank, rank - 1)]
+    judged.found.targets[CHOSEN] += 1
+    if rank < limit and lost[0] > most + unsure:
+        yield f"{here.target}: rank {rank} of {limit} loses {lost[0]:.6g}, more than {most:.6g}"
+    if rank > 1 and lost[1] < most - unsure:
+        yield f"{here.target}: rank {rank}, and one less loses {lost[1]:.6g} of {most:.6g}"
 
 
 def _seen(case: Case, here: Present) -> Coordinates:

@@ -25,6 +25,7 @@ from making import (
 )
 from oracle.restated import Source
 from streammerge.catalog import METHODS, RULES, SPACES
+from streammerge.ranks import RankPolicy
 
 DTYPES = ("F32", "F32", "BF16", "F16", "F64")
 OUTPUTS = ("auto", "auto", "float32", "float64", "float16", "bfloat16")
@@ -115,7 +116,7 @@ def make_case(random: Random) -> Case:
     if rule.elects:
         options["majority_sign"] = random.choice(("total", "frequency"))
     if SPACES[space].truncates:
-        options["rank"] = random.choice((None, None, 1, 2, 4, 60))
+        options["rank"] = random.choice((None, None, 1, 2, 4, 60, _policy(random)))
         options["clamp"] = random.choice((None,) * 5 + (1.0, 0.99, 0.7))
     return Case(
         adapters=adapters,
@@ -127,6 +128,13 @@ def make_case(random: Random) -> Case:
         spare=random.choice((0.0, 0.01, 0.5, 100.0)),
         scratch=random.random() < 0.3,
     )
+
+
+def _policy(random: Random) -> RankPolicy:
+    largest = random.choice((None, 1, 3, 60))
+    if random.random() < 0.5:
+        return RankPolicy("energy", random.choice((1.0, 0.5, 0.99, 1 - random.random())), largest)
+    return RankPolicy("error", random.choice((0.0, 0.1, random.random())), largest)
 
 
 Shape = tuple[str, int, int, tuple[int, ...]]

@@ -10,11 +10,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from making import CONFIG, WEIGHTS, linear, write_adapter
-from streammerge.catalog import METHODS, RULES
+from streammerge.catalog import METHODS, RULES, SPACES
 from streammerge.output.staging import MARK_NAME, journal_path
 
 SAME = (WEIGHTS, CONFIG, MARK_NAME)
@@ -34,23 +34,28 @@ class Round:
     folder: Path
     workers: int
     over_another: bool
+    late: bool
+    """Whether a policy chooses the ranks, so that the output is assembled at the end."""
 
     @classmethod
     def of(cls, number: int, inputs: Sequence[Path], folder: Path) -> Round:
         """Return the round of this number: all methods come by, each in four ways."""
         methods = list(METHODS)
         way = number // len(methods)
+        method = methods[number % len(methods)]
         return cls(
-            method=methods[number % len(methods)],
+            method=method,
             inputs=tuple(inputs),
             folder=folder,
             workers=1 + (number + way) % 2,
             over_another=(number + way // 2) % 2 == 1,
+            late=SPACES[METHODS[method].space].truncates and (number + way) % 3 != 0,
         )
 
     def __str__(self) -> str:
         over = " over an earlier output" if self.over_another else ""
-        return f"{self.method}, {self.workers} threads{over}"
+        late = " of late ranks" if self.late else ""
+        return f"{self.method}{late}, {self.workers} threads{over}"
 
     def command(self, out: Path, *options: str) -> list[str]:
         """Return the command line that does it."""
@@ -58,7 +63,7 @@ class Round:
         return [
             sys.executable, "-m", "streammerge.cli", "merge", *map(str, self.inputs),
             "-o", str(out), "--method", self.method, "--workers", str(self.workers), "--seed=3",
-            *density, *options,
+            *density, *(["--rank=energy:0.2"] if self.late else []), *options,
         ]  # fmt: skip
 
 
@@ -79,7 +84,7 @@ def play(each: Round, draw: random.Random) -> Counter[str]:
     before: list[bytes] | None = None
     options = ["--resume"]
     if each.over_another:
-        other = Round("cat", each.inputs, each.folder, 1, over_another=False)
+        other = replace(each, method="cat", workers=1, over_another=False, late=False)
         subprocess.run(other.command(out), check=True, capture_output=True)
         before, options = _written(out), ["--resume", "--overwrite"]
     found: Counter[str] = Counter()

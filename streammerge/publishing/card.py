@@ -157,7 +157,9 @@ def _how(record: Mapping[str, Any], config: Mapping[str, Any] | None) -> Iterato
         rule, space = code(record.get("rule", "")), code(record.get("space", ""))
         yield f"- method: {code(recipe['method'])} (rule {rule}, space {space})"
     if config is not None:
-        yield f"- rank of the result: {code(config.get('r'))}"
+        ranks = sorted(set((config.get("rank_pattern") or {}).values()))
+        others = f"; elsewhere {code(ranks[0])} to {code(ranks[-1])}" if ranks else ""
+        yield f"- rank of the result: {code(config.get('r'))}{others}"
     if "dtype" in record:
         yield f"- dtype of the result: {code(record['dtype'])}"
     for name, value in recipe.items():
