@@ -176,6 +176,27 @@ RULES: dict[str, RuleSpec] = {
             ),
         ),
         RuleSpec(
+            name="consensus",
+            kind="element-wise",
+            summary="weighted sum of the elements that matter to several",
+            source="Wang et al. 2024, arXiv 2405.07813",
+            sweeps=2,
+            tile_buffers=3,
+            operations=12,
+            parameters=(
+                Parameter(
+                    "tall_lambda",
+                    0.4,
+                    0.0,
+                    1000.0,
+                    "how large an element must be, beside what the others add, to matter to one",
+                ),
+                Parameter(
+                    "agree", 2, 0, 10**6, "to how many an element must matter to stay", whole=True
+                ),
+            ),
+        ),
+        RuleSpec(
             name="slerp",
             kind="coefficient",
             summary="from one delta to another along the arc between them",
@@ -307,6 +328,7 @@ METHODS: dict[str, Method] = {
         Method("magnitude_prune", "magnitude_prune", "factor"),
         Method("magnitude_prune_svd", "magnitude_prune", "delta"),
         Method("breadcrumbs", "breadcrumbs", "delta"),
+        Method("consensus", "consensus", "delta"),
         Method("slerp", "slerp", "delta"),
         Method("multislerp", "multislerp", "delta"),
         Method("karcher", "karcher", "delta"),

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import streammerge
 from dialects import pairs, write_mlx
 from making import WEIGHTS, Layer, linear, write_adapter
-from names import chosen
+from names import chosen, rule_of
 from streammerge import errors, worker
 from streammerge.adapter import NameTable
 from streammerge.api import plan
@@ -37,6 +37,8 @@ MIB = 1024**2
 LAYERS = {"wide": linear(1536, 3072, 16), "tall": linear(3072, 640, 16)}
 METHODS = ("linear", "cat", "svd", "ties", "dare_ties", "ties_svd", "dare_linear_svd")
 IN_BASES = ("ties@core", "dare_ties@knots")
+BY_MORE = ("consensus",)
+"""Rules that hold what the others do not."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -93,7 +95,7 @@ def make_job(
 ) -> Job:
     """Plan a merge and return the job, its output files allocated."""
     paths = [str(write_adapter(folder / f"in{i}", layers, seed=i, dtype="BF16")) for i in range(5)]
-    density = None if method in ("linear", "cat", "svd") else 0.2
+    density = 0.2 if rule_of(method).needs_density else None
     options: dict[str, Any] = {**chosen(method), "density": density}
     made = plan(paths, max_memory=max_memory, workers=1, **options)
     return job_of(made, paths, folder)
@@ -108,7 +110,7 @@ def job_of(made: Plan, paths: list[str], folder: Path) -> Job:
     return Job(made, read_adapters(paths, NameTable()), output, starts)
 
 
-@pytest.mark.parametrize("method", [*METHODS, *IN_BASES])
+@pytest.mark.parametrize("method", [*METHODS, *IN_BASES, *BY_MORE])
 def test_tensors_stay_below_the_projection(method: str, tmp_path: Path) -> None:
     """The same formula speaks of a device's memory, where only tensors count."""
     job = make_job(tmp_path, method)
@@ -119,7 +121,7 @@ def test_tensors_stay_below_the_projection(method: str, tmp_path: Path) -> None:
         assert live.peak >= 0.2 * (task.projected_bytes - 12 * MIB)
 
 
-@pytest.mark.parametrize("method", [*METHODS, *IN_BASES])
+@pytest.mark.parametrize("method", [*METHODS, *IN_BASES, *BY_MORE])
 def test_nothing_stays_behind(method: str, tmp_path: Path) -> None:
     """A task's tensors go when it ends: a cycle would hold them until the collector comes by."""
     job = make_job(tmp_path, method)
@@ -299,7 +301,7 @@ def test_vram_without_a_device(tmp_path: Path) -> None:
 def test_a_gpu_agrees_with_the_cpu(method: str, tmp_path: Path) -> None:
     """To rounding, through the residual where something is truncated."""
     paths = [write_adapter(tmp_path / f"in{i}", LAYERS, seed=i) for i in range(3)]
-    density = None if method in ("linear", "cat", "svd") else 0.2
+    density = 0.2 if rule_of(method).needs_density else None
     results = {
         device: streammerge.merge(
             paths, tmp_path / device, method=method, density=density, device=device

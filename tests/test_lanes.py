@@ -18,7 +18,7 @@ from streammerge.kernels.grams import truncate_by_grams
 from streammerge.worker import Lanes
 
 METHODS = ("linear", "cat", "svd", "ties", "dare_ties", "ties_svd", "dare_linear_svd")
-IN_BASES = ("ties@core", "magnitude_prune@knots", "ties@ctm", "karcher", "tsv")
+IN_BASES = ("ties@core", "magnitude_prune@knots", "ties@ctm", "karcher", "tsv", "consensus")
 
 
 def merged(paths: list[str], output: Path, method: str, **options: object) -> dict[str, bytes]:

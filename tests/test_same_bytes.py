@@ -33,7 +33,7 @@ from names import IN_BASES, chosen, most, rule_of
 from streammerge import events
 from streammerge.adapter import Adapter, NameTable
 from streammerge.budget import Budget
-from streammerge.catalog import METHODS, RULES
+from streammerge.catalog import METHODS
 from streammerge.errors import BudgetError, RecipeError
 from streammerge.output.space import find_scratch
 from streammerge.output.staging import Staging
@@ -62,9 +62,7 @@ WEIGHTS_GIVEN = (1.0, -0.6, 0.3)
 
 METHOD_NAMES = (*METHODS, *IN_BASES)
 BY_THRESHOLD = tuple(n for n in METHOD_NAMES if rule_of(n).sparsity == "largest")
-STREAMED = tuple(
-    n for n, m in METHODS.items() if m.space == "delta" and RULES[m.rule].needs_density
-)
+STREAMED = tuple(n for n, m in METHODS.items() if m.space == "delta" and m.rule != "linear")
 
 Saved = Callable[[str], list[Path]]
 

@@ -223,12 +223,16 @@ def _is_decided(
 
     Small whole numbers are exact; so are, in factor space, inputs that the arithmetic holds.
     """
-    if case.rule in ("linear", "dare_linear") or case.options["density"] == 0:
+    compute, density = case.options["compute_dtype"], case.options.get("density")
+    if case.rule in ("linear", "dare_linear") or density == 0:
         return True
-    compute, density = case.options["compute_dtype"], case.options["density"]
     held = [case.adapters[i] for i in here.positions]
     whole = all(adapter.whole for adapter in held) and tensor not in ("core", "knots")
     decided = DECIDED[compute] / margin
+    if case.rule == "consensus":
+        weights = _seen_weights(case, here, tensor)
+        gap = restated.consensus_gap(tensors, weights, _common(case)["parameters"])
+        return len(tensors) == 1 or gap > decided
     pruned = list(tensors)
     if not case.rule.startswith("dare"):
         stored = case.space == "factor" and (
@@ -254,6 +258,14 @@ def _is_decided(
     dyadic = not case.rule.startswith("dare") or math.frexp(density)[0] == 0.5
     scaled = case.space == "factor" or all((s.scaling * 64).is_integer() for s in here.sources)
     return (whole and dyadic and scaled) or restated.election_gap(pruned) > decided
+
+
+def _seen_weights(case: Case, here: Present, tensor: str) -> list[float]:
+    """The weights that a rule sees: in factor space roots, of which the A's have the signs."""
+    if case.space != "factor":
+        return list(here.weights)
+    q = [w * s.scaling for w, s in zip(here.weights, here.sources, strict=True)]
+    return [math.copysign(math.sqrt(abs(x)), x if tensor == "A" else 1.0) for x in q]
 
 
 # ---------------------------------------------------------------------------------------------

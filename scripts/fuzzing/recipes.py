@@ -113,6 +113,10 @@ def make_case(random: Random) -> Case:
         gamma = random.choice((0.01, 0.0, random.random())) if random.random() < 0.9 else 1.0
         options["parameters"] = (("gamma", gamma),)
         options["density"] = min(options["density"], 1 - gamma)
+    if rule.name == "consensus":
+        asked = {"tall_lambda": random.choice((0.4, 1.0, 0.0, random.random()))}
+        asked["agree"] = random.choice((0, 1, 2, 2, 3, 9))
+        options["parameters"] = tuple(sorted(asked.items()))
     if rule.elects:
         options["majority_sign"] = random.choice(("total", "frequency"))
     if SPACES[space].truncates:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from streammerge.rules.breadcrumbs import breadcrumbs
+from streammerge.rules.consensus import consensus
 from streammerge.rules.dare_linear import dare_linear
 from streammerge.rules.dare_ties import dare_ties
 from streammerge.rules.inner import Inner
@@ -40,6 +41,7 @@ Spectral = Callable[[Spectrum[Any]], Any]
 
 FUNCTIONS: dict[str, Rule] = {
     "breadcrumbs": breadcrumbs,
+    "consensus": consensus,
     "dare_linear": dare_linear,
     "dare_ties": dare_ties,
     "linear": linear,

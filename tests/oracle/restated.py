@@ -20,6 +20,8 @@ Mask = npt.NDArray[np.bool_]
 FACTOR_METHODS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 DELTA_METHODS = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
 METHODS = ("cat", *FACTOR_METHODS, *DELTA_METHODS)
+OTHER_RULES = ("breadcrumbs", "consensus")
+"""Rules that PEFT does not have."""
 _RULE_OF_DELTA_METHOD = {
     name: "linear" if name == "svd" else name.removesuffix("_svd") for name in DELTA_METHODS
 }
@@ -95,6 +97,17 @@ def prune_by_mask(x: Matrix, keep: Mask, density: float) -> Matrix:
     return np.where(keep, x / density, 0.0)
 
 
+def consensus(
+    tensors: Sequence[Matrix], weights: Sequence[float], parameters: Mapping[str, float]
+) -> Matrix:
+    """The sum, with the elements that enough TALL masks hold; no more can be asked for than are."""
+    terms = [weight * tensor for weight, tensor in zip(weights, tensors, strict=True)]
+    total = weighted_sum(tensors, weights)
+    masks = [np.abs(t) >= parameters["tall_lambda"] * np.abs(total - t) for t in terms]
+    held = np.stack(masks).sum(axis=0) >= min(parameters["agree"], len(tensors))
+    return np.where(held, total, 0.0)
+
+
 def elect(tensors: Sequence[Matrix], majority_sign: str) -> Matrix:
     """The sign that wins at each position; a tied vote elects +1."""
     stacked = np.stack(tensors)
@@ -134,6 +147,8 @@ def apply_rule(
     """One element-wise rule on N tensors of one shape."""
     if rule == "linear":
         return weighted_sum(tensors, weights)
+    if rule == "consensus":
+        return consensus(tensors, weights, parameters)
     assert density is not None
     if rule.startswith("dare"):
         assert masks is not None
@@ -163,7 +178,7 @@ def merge_factors(
     if method == "cat":
         a = np.vstack([q_i * source.a for q_i, source in zip(q, sources, strict=True)])
         return a, np.hstack([source.b for source in sources])
-    assert method in (*FACTOR_METHODS, "breadcrumbs"), method
+    assert method in (*FACTOR_METHODS, *OTHER_RULES), method
     on_b = [math.sqrt(abs(q_i)) for q_i in q]
     on_a = [root if q_i >= 0 else -root for root, q_i in zip(on_b, q, strict=True)]
     shared = {"density": density, "majority_sign": majority_sign, "parameters": parameters}
@@ -285,6 +300,16 @@ def pruning_gap(x: Matrix, density: float) -> float:
         return math.inf
     ordered = np.sort(np.abs(x).ravel())[::-1]
     return float((ordered[keep - 1] - ordered[keep]) / ordered[keep - 1])
+
+
+def consensus_gap(
+    tensors: Sequence[Matrix], weights: Sequence[float], parameters: Mapping[str, float]
+) -> float:
+    """How far the masks are from holding another element, relative to the largest term."""
+    terms = np.stack([weight * tensor for weight, tensor in zip(weights, tensors, strict=True)])
+    others = parameters["tall_lambda"] * np.abs(terms.sum(axis=0) - terms)
+    distance = np.abs(np.abs(terms) - others)[:, terms.any(axis=0)]
+    return float(distance.min() / np.abs(terms).max()) if distance.size else math.inf
 
 
 def election_gap(tensors: Sequence[Matrix]) -> float:
