@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["element-wise", "coefficient", "spectral"]
-Sparsity = Literal["none", "largest", "middle", "random"]
+Sparsity = Literal["none", "largest", "middle", "random", "ranked"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class RuleSpec:
     source: str
     """The paper, or PEFT where it was defined there."""
     sparsity: Sparsity = "none"
-    """Which elements it keeps: all, the largest by magnitude, the largest but for outliers, or
-    random ones."""
+    """Which elements it keeps: all, the largest by magnitude, the largest but for outliers, random
+    ones, or random ones of which the largest of a row are likelier."""
     elects: bool = False
     """Whether it takes `majority_sign`."""
     sweeps: int = 1
@@ -80,6 +80,11 @@ class RuleSpec:
         return self.sparsity != "none"
 
     @property
+    def whole_rows(self) -> bool:
+        """Whether its tiles are of whole rows, for it ranks the elements of each."""
+        return self.sparsity == "ranked"
+
+    @property
     def cuts(self) -> int:
         """How many thresholds it needs in each tensor."""
         return {"largest": 1, "middle": 2}.get(self.sparsity, 0)
@@ -114,6 +119,15 @@ class Method:
 
 _TIES = "Yadav et al. 2023, arXiv 2306.01708"
 _DARE = "Yu et al. 2023, arXiv 2311.03099"
+_DELLA = "Deep et al. 2024, arXiv 2406.11617"
+
+_EPSILON = Parameter(
+    "epsilon",
+    0.14,
+    0.0,
+    1.0,
+    "by how much the largest element of a row is likelier to be kept than the smallest",
+)
 
 RULES: dict[str, RuleSpec] = {
     rule.name: rule
@@ -174,6 +188,29 @@ RULES: dict[str, RuleSpec] = {
             parameters=(
                 Parameter("gamma", 0.01, 0.0, 1.0, "share of the largest elements that it drops"),
             ),
+        ),
+        RuleSpec(
+            name="della",
+            kind="element-wise",
+            summary="keep random elements, large ones of a row more often, rescale, elect a sign, "
+            "mean of those that agree",
+            source=_DELLA,
+            sparsity="ranked",
+            elects=True,
+            sweeps=2,
+            tile_buffers=4,
+            operations=190,
+            parameters=(_EPSILON,),
+        ),
+        RuleSpec(
+            name="della_linear",
+            kind="element-wise",
+            summary="keep random elements, large ones of a row more often, rescale, weighted sum",
+            source=_DELLA,
+            sparsity="ranked",
+            tile_buffers=1,
+            operations=90,
+            parameters=(_EPSILON,),
         ),
         RuleSpec(
             name="consensus",
@@ -328,6 +365,8 @@ METHODS: dict[str, Method] = {
         Method("magnitude_prune", "magnitude_prune", "factor"),
         Method("magnitude_prune_svd", "magnitude_prune", "delta"),
         Method("breadcrumbs", "breadcrumbs", "delta"),
+        Method("della", "della", "delta"),
+        Method("della_linear", "della_linear", "delta"),
         Method("consensus", "consensus", "delta"),
         Method("slerp", "slerp", "delta"),
         Method("multislerp", "multislerp", "delta"),

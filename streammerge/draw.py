@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import xxhash
 
@@ -51,6 +53,13 @@ def keep_limit(density: float) -> int:
     return round(density * 2**32)
 
 
+def signed_limit(probability: npt.NDArray[np.float64]) -> npt.NDArray[np.int32]:
+    """Return the last of the drawn bits, which are signed, that keep elements with probabilities
+    above zero: the same bits as `keep_limit` keeps."""
+    limits: npt.NDArray[np.float64] = np.rint(probability * 2.0**32).clip(1.0, None) - (2.0**31 + 1)
+    return limits.astype(np.int32)
+
+
 class Drawer:
     """Draws elements of streams, chunk by chunk, into buffers that serve all of them."""
 
@@ -74,6 +83,20 @@ class Drawer:
         for offset, bits in self.parts(key, start, len(flat)):
             torch.lt(bits, limit, out=flat[offset : offset + len(bits)])
         return out
+
+    def mask_each(self, key: int, start: int, limits: torch.Tensor, *, out: torch.Tensor) -> None:
+        """Set `out`, which is contiguous, to 1 where a stream keeps an element, to 0 elsewhere.
+
+        Args:
+            key: of the stream.
+            start: flat index of the first element.
+            limits: of each element, contiguous, as `signed_limit` gives them; int32.
+            out: floating-point.
+        """
+        flat, flat_limits = out.view(-1), limits.view(-1)
+        for offset, bits in self.parts(key, start, len(flat)):
+            end = offset + len(bits)
+            torch.le(bits, flat_limits[offset:end], out=flat[offset:end])
 
     def parts(self, key: int, start: int, count: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield a stream's elements, as int32, chunk by chunk, with their offsets from `start`."""

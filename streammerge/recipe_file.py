@@ -63,7 +63,6 @@ _FOREIGN = {
     "int8_mask": "masks take no memory here",
     "rescale": "dare divides by the density, as published",
     "t": "the method is not here",
-    "epsilon": "the method is not here",
 }
 """Words of mergekit that have no meaning here, and why."""
 

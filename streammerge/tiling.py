@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import overload
 
 TILE_ELEMENTS = 2**18
@@ -34,6 +34,9 @@ GRAM_ROWS = 1024
 MIN_TILE_ROWS = 8
 """A tile of one row would go to another BLAS routine, with another rounding."""
 
+RANKED_ELEMENTS = 2**15
+"""Elements that are sorted at once, about: few enough for the places to stay in a cache."""
+
 SAMPLE = 2**15
 """Elements of a sample at most, about."""
 
@@ -43,7 +46,10 @@ class Pieces(Sequence[tuple[int, int]]):
     """Near-equal pieces of a length, each made when it is asked for: a header may promise 10⁹."""
 
     length: int
+    """In units."""
     pieces: int
+    unit: int = 1
+    """What the ends of all pieces are multiples of."""
 
     def __len__(self) -> int:
         return self.pieces
@@ -56,12 +62,13 @@ class Pieces(Sequence[tuple[int, int]]):
         if isinstance(place, slice):
             return [self[i] for i in range(self.pieces)[place]]
         number = range(self.pieces)[place]
-        return self.length * number // self.pieces, self.length * (number + 1) // self.pieces
+        start, stop = (self.length * end // self.pieces for end in (number, number + 1))
+        return self.unit * start, self.unit * stop
 
     @property
     def longest(self) -> int:
         """The length of the longest one."""
-        return -(-self.length // self.pieces)
+        return self.unit * -(-self.length // self.pieces)
 
 
 def split(length: int, size: int) -> Pieces:
@@ -100,6 +107,24 @@ def row_tiles(m: int, n: int) -> Pieces:
 def flat_tiles(elements: int) -> Pieces:
     """Return the ranges of a factor's tiles, over its elements in file order."""
     return split(elements, TILE_ELEMENTS)
+
+
+def fold_tiles(rows: int, width: int, *, whole_rows: bool) -> Pieces:
+    """Return the ranges of a rows × width factor's tiles, over its elements in file order.
+
+    Args:
+        rows: of it.
+        width: its columns.
+        whole_rows: whether tiles begin and end with rows, however long these are.
+    """
+    if not whole_rows:
+        return flat_tiles(rows * width)
+    return replace(factor_rows(rows, width), unit=width)
+
+
+def ranked_rows(rows: int, width: int) -> Pieces:
+    """Return the ranges of a tile's rows whose elements are sorted at once."""
+    return split(rows, max(1, RANKED_ELEMENTS // width))
 
 
 def factor_rows(rows: int, width: int) -> Pieces:

@@ -37,7 +37,7 @@ MIB = 1024**2
 LAYERS = {"wide": linear(1536, 3072, 16), "tall": linear(3072, 640, 16)}
 METHODS = ("linear", "cat", "svd", "ties", "dare_ties", "ties_svd", "dare_linear_svd")
 IN_BASES = ("ties@core", "dare_ties@knots")
-BY_MORE = ("consensus",)
+BY_MORE = ("consensus", "della", "della@factor", "della_linear@core")
 """Rules that hold what the others do not."""
 
 

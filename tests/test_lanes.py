@@ -17,8 +17,19 @@ from names import chosen, rule_of
 from streammerge.kernels.grams import truncate_by_grams
 from streammerge.worker import Lanes
 
-METHODS = ("linear", "cat", "svd", "ties", "dare_ties", "ties_svd", "dare_linear_svd")
-IN_BASES = ("ties@core", "magnitude_prune@knots", "ties@ctm", "karcher", "tsv", "consensus")
+METHODS = (
+    "linear",
+    "cat",
+    "svd",
+    "ties",
+    "dare_ties",
+    "ties_svd",
+    "dare_linear_svd",
+    "consensus",
+    "della",
+    "della_linear",
+)
+IN_BASES = ("ties@core", "magnitude_prune@knots", "ties@ctm", "karcher", "tsv")
 
 
 def merged(paths: list[str], output: Path, method: str, **options: object) -> dict[str, bytes]:

@@ -22,7 +22,19 @@ from streammerge.planner import memory
 from streammerge.tiling import PANELS
 
 WEIGHTS = "adapter_model.safetensors"
-METHODS = ("linear", "cat", "svd", "ties", "dare_ties", "ties_svd", "dare_linear_svd", "karcher", "consensus")
+METHODS = (
+    "linear",
+    "cat",
+    "svd",
+    "ties",
+    "dare_ties",
+    "ties_svd",
+    "dare_linear_svd",
+    "karcher",
+    "consensus",
+    "della",
+    "della_linear",
+)
 
 
 def make(folder: Path, count: int, layers: dict[str, Layer], dtype: str = "BF16") -> list[str]:

@@ -652,6 +652,24 @@ OPTIONS = (
             options={"method": "ties", "density": 0.9, "parameters": {"gamma": 0.01}},
             facts={"option": "parameters"},
         ),
+        "odds of nothing": Refusal(
+            R,
+            ("della", "probability 0:", "(0, 1]"),
+            options={"method": "della", "density": 0.25, "parameters": {"epsilon": 0.5}},
+            facts={"option": "parameters"},
+        ),
+        "odds of less than nothing": Refusal(
+            R,
+            ("della_linear", "probability -0.06", "(0, 1]"),
+            options={"method": "della_linear", "density": (0.5, 0.01)},
+            facts={"option": "parameters"},
+        ),
+        "odds above one": Refusal(
+            R,
+            ("della", "probability 1.07", "(0, 1]"),
+            options={"method": "della", "density": 1.0},
+            facts={"option": "parameters"},
+        ),
         "parameters that are no mapping": Refusal(
             R,
             ("parameters", "mapping"),

@@ -29,7 +29,8 @@ import numpy as np
 from fuzzing.recipes import Case, make_case
 from making import Tensor, decode
 from oracle import restated
-from oracle.restated import Coordinates, FactorMasks, Mask, Matrix, Source
+from oracle.masks import draws
+from oracle.restated import Coordinates, FactorMasks, Matrix, Source
 from streammerge import errors, events
 from streammerge.adapter import ITEM_BYTES, TORCH_NAMES, Adapter, NameTable
 from streammerge.budget import Budget
@@ -191,10 +192,13 @@ def _present(case: Case, target: str) -> Present:
     )
 
 
-def _masks(case: Case, here: Present, tensor: str, shape: tuple[int, int]) -> list[Mask]:
-    limit = keep_limit(case.options["density"])
+def _masks(case: Case, here: Present, tensor: str, shape: tuple[int, int]) -> list[Any]:
+    """What is kept at random, or for DELLA what is drawn."""
     if not math.prod(shape):
         return [np.zeros(shape, bool) for _ in here.positions]
+    if case.rule.startswith("della"):
+        return [draws(i, here.target, tensor, shape, case.options["seed"]) for i in here.positions]
+    limit = keep_limit(case.options["density"])
     return [
         (
             random_bits(
@@ -234,7 +238,13 @@ def _is_decided(
         gap = restated.consensus_gap(tensors, weights, _common(case)["parameters"])
         return len(tensors) == 1 or gap > decided
     pruned = list(tensors)
-    if not case.rule.startswith("dare"):
+    if case.rule.startswith("della"):
+        epsilon = _common(case)["parameters"]["epsilon"]
+        if not (epsilon == 0 or whole or all(restated.rank_gap(x) > decided for x in tensors)):
+            return False
+        drawn = zip(tensors, _masks(case, here, tensor, tensors[0].shape), strict=True)
+        pruned = [restated.prune_by_rank(x, u, density, epsilon) for x, u in drawn]
+    elif not case.rule.startswith("dare"):
         stored = case.space == "factor" and (
             compute == "float64" or all(adapter.dtype != "F64" for adapter in held)
         )
@@ -251,13 +261,23 @@ def _is_decided(
             restated.prune_by_mask(x, k, density) for x, k in zip(tensors, keeps, strict=True)
         ]
     if (
-        case.rule in ("magnitude_prune", "breadcrumbs")
+        case.rule in ("magnitude_prune", "breadcrumbs", "della_linear")
         or case.options["majority_sign"] == "frequency"
     ):
         return True
-    dyadic = not case.rule.startswith("dare") or math.frexp(density)[0] == 0.5
+    dyadic = not _is_random(case) or math.frexp(density)[0] == 0.5
     scaled = case.space == "factor" or all((s.scaling * 64).is_integer() for s in here.sources)
     return (whole and dyadic and scaled) or restated.election_gap(pruned) > decided
+
+
+def _is_random(case: Case) -> bool:
+    return case.rule.startswith(("dare", "della"))
+
+
+def _least_odds(case: Case) -> float:
+    """The smallest number that elements are divided by, about."""
+    least = case.options["density"] - _common(case)["parameters"].get("epsilon", 0.0) / 2
+    return float(max(least, 5e-4))
 
 
 def _seen_weights(case: Case, here: Present, tensor: str) -> list[float]:
@@ -322,7 +342,7 @@ def _judge_factors(
     case = judged.case
     exact = case.space == "exact"
     masks = None
-    if case.rule.startswith("dare"):
+    if _is_random(case):
         shapes = here.sources[0].a.shape, here.sources[0].b.shape
         masks = FactorMasks(*(_masks(case, here, t, s) for t, s in zip("AB", shapes, strict=True)))
     expected = restated.merge_factors(
@@ -338,8 +358,8 @@ def _judge_factors(
         else:
             factors = roots if not exact else [r * r if side == "A" else 1.0 for r in roots]
             terms = sum(r * np.abs(x).max() for r, x in zip(factors, tensors, strict=True))
-            if case.rule.startswith("dare"):
-                terms /= max(case.options["density"], 1e-3)
+            if _is_random(case):
+                terms /= _least_odds(case)
             allowed = ROUNDING[case.options["compute_dtype"]] * terms + SUBNORMAL[judged.dtype]
             allowed = allowed + OUTPUT_ROUNDING[judged.dtype] * np.abs(right)
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -371,14 +391,14 @@ def _judge_delta(
         judged.found.targets[UNDECIDED] += 1
         return
     shape = seen.tensors[0].shape
-    masks = _masks(case, here, case.space, shape) if case.rule.startswith("dare") else None
+    masks = _masks(case, here, case.space, shape) if _is_random(case) else None
     merged = np.zeros(shape)
     if merged.size:
         merged = restated.apply_rule(
             case.rule, seen.tensors, here.weights, masks=masks, **_common(case)
         )
     expected = seen.back(merged)
-    scale = here.scale / (max(case.options["density"], 1e-3) if masks else 1.0)
+    scale = here.scale / (_least_odds(case) if masks else 1.0)
     sizes = float(np.linalg.norm(a) * np.linalg.norm(b))
     nothing = (
         SUBNORMAL[judged.dtype] * math.sqrt(rank * m * n) * (np.abs(a).max() + np.abs(b).max())

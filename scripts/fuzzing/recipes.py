@@ -113,6 +113,11 @@ def make_case(random: Random) -> Case:
         gamma = random.choice((0.01, 0.0, random.random())) if random.random() < 0.9 else 1.0
         options["parameters"] = (("gamma", gamma),)
         options["density"] = min(options["density"], 1 - gamma)
+    if rule.sparsity == "ranked":
+        density = min(max(options["density"], 0.001), 1.0)
+        width = 2 * min(density - 0.0005, 1 - density)
+        epsilon = random.choice((0.0, random.random() * width, width))
+        options["density"], options["parameters"] = density, (("epsilon", epsilon),)
     if rule.name == "consensus":
         asked = {"tall_lambda": random.choice((0.4, 1.0, 0.0, random.random()))}
         asked["agree"] = random.choice((0, 1, 2, 2, 3, 9))

@@ -13,6 +13,7 @@ import torch
 from streammerge.catalog import RULES, Sparsity
 from streammerge.draw import Drawer
 from streammerge.kernels.each import Here, Over, Pool
+from streammerge.kernels.ranks import drop_ranked_, rank_odds
 from streammerge.kernels.thresholds import Band, Cut, Stream, find_band, find_threshold
 from streammerge.rules import FUNCTIONS, Tile
 from streammerge.tiling import sample_step
@@ -109,6 +110,7 @@ class MergedTiles:
                     largest=lambda: self._go_over(space, t, "largest"),
                     middle=lambda: self._go_over(space, t, "middle"),
                     random=lambda: self._go_over(space, t, "random"),
+                    ranked=lambda: self._go_over(space, t, "ranked"),
                     weights=self._operands.weights,
                     majority_sign=options.majority_sign,
                     parameters=options.parameters,
@@ -128,7 +130,7 @@ class MergedTiles:
         return Stream(self._operands.spans, tiles, lambda: self._operands.sample(i))
 
     def _go_over(self, space: _Workspace, t: int, kept: Sparsity) -> Iterator[torch.Tensor]:
-        """Yield tile t of each tensor, with all, the largest or random elements kept."""
+        """Yield tile t of each tensor, with the elements kept that a rule asks for."""
         if space.stack is not None and space.stack[0] == kept:
             yield from space.stack[1]
             return
@@ -139,6 +141,8 @@ class MergedTiles:
                 x = self._prune_(space, i, t, x)
             elif kept == "random":
                 x = self._drop_(space, i, t, x)
+            elif kept == "ranked":
+                x = self._drop_ranked_(space, i, t, x)
             made.append(x)
             yield x
         if self._stacked:
@@ -173,6 +177,13 @@ class MergedTiles:
         key, (start, stop) = self._operands.keys[i], self._operands.spans[t]
         mask = space.drawer.mask(key, start, density, out=space.mask[: stop - start])
         return x.mul_(mask).div_(density)
+
+    def _drop_ranked_(self, space: _Workspace, i: int, t: int, x: torch.Tensor) -> torch.Tensor:
+        """Keep random elements of whole rows, larger ones at higher rates, divided by these."""
+        operands, epsilon = self._operands, self._options.parameters["epsilon"]
+        odds = rank_odds(operands.width, operands.densities[i], epsilon, x)
+        key, start = operands.keys[i], operands.spans[t][0]
+        return drop_ranked_(x, odds, space.drawer, key, start, mask=space.mask[: len(x)])
 
 
 class _Workspace:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from streammerge.adapter import PEFT, Adapter
 from streammerge.catalog import RuleSpec
@@ -12,6 +13,8 @@ from streammerge.errors import IncompatibleError, RecipeError
 from streammerge.planner.align import Alignment
 from streammerge.plans import Sources
 from streammerge.recipe import Recipe
+
+Floats = npt.NDArray[np.float64]
 
 
 def check_range(adapters: Sequence[Adapter], sources: Sources, dtype: str) -> None:
@@ -32,14 +35,19 @@ def check_range(adapters: Sequence[Adapter], sources: Sources, dtype: str) -> No
 
 
 def check_shares(sources: Sources, rule: RuleSpec, parameters: Mapping[str, float]) -> None:
-    """Check that what is kept and what is dropped as outliers are no more than all.
+    """Check that a rule can keep and drop the shares that were asked for, and they are possible.
 
     Raises:
-        RecipeError: they are more.
+        RecipeError: what is kept and what is dropped as outliers are more than all, or elements
+            would be kept with a probability that is none.
     """
-    if rule.sparsity != "middle":
-        return
-    dropped, kept = parameters["gamma"], float(sources.density.max())
+    if rule.sparsity == "middle":
+        _check_outliers(float(sources.density.max()), rule, parameters["gamma"])
+    elif rule.sparsity == "ranked":
+        _check_odds(sources.density, rule, parameters["epsilon"])
+
+
+def _check_outliers(kept: float, rule: RuleSpec, dropped: float) -> None:
     if kept + dropped > 1:
         raise RecipeError(
             f"{rule.name} cannot keep {kept:g} of the elements and drop {dropped:g} of them as "
@@ -68,6 +76,21 @@ def check_sources(sources: Sources, alignment: Alignment, rule: RuleSpec) -> Non
                 "zero",
                 option="weights",
             )
+
+
+def _check_odds(densities: Floats, rule: RuleSpec, epsilon: float) -> None:
+    least, most = float(densities.min()), float(densities.max())
+    for density, odds in ((least, least - epsilon / 2), (most, most + epsilon / 2)):
+        if not 0 < odds <= 1 + ROUNDING:
+            raise RecipeError(
+                f"{rule.name} would keep elements with the probability {odds:g}: density and half "
+                f"of epsilon ({density:g} and {epsilon / 2:g}) must stay in (0, 1]",
+                option="parameters",
+            )
+
+
+ROUNDING = 1e-12
+"""Of sums of numbers that were given in decimals."""
 
 
 def check_bases(adapters: Sequence[Adapter], recipe: Recipe) -> list[str]:

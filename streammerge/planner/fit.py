@@ -10,9 +10,15 @@ from streammerge.catalog import RuleSpec
 from streammerge.errors import BudgetError
 from streammerge.planner.cost import arithmetic, prefers_scratch
 from streammerge.planner.hold import Draft, hold, least
-from streammerge.planner.memory import project, project_fetched, project_host, project_team
+from streammerge.planner.memory import (
+    factor_tiles,
+    project,
+    project_fetched,
+    project_host,
+    project_team,
+)
 from streammerge.plans import EXTRA_ROUTES, Region, Task
-from streammerge.tiling import factor_groups, flat_tiles, gram_blocks, panels, row_tiles
+from streammerge.tiling import factor_groups, gram_blocks, panels, row_tiles
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ def _is_alone(draft: Draft, rule: RuleSpec, limits: Limits) -> bool:
     if least(draft, rule) * threads > limits.room or host * threads > _host_room(limits):
         return True
     work = arithmetic(draft.course, rule, draft.shape)
-    if work < SHARED_WORK or _parts(draft) < threads:
+    if work < SHARED_WORK or _parts(draft, rule) < threads:
         return False
     return work * threads * ROUNDS > limits.whole
 
@@ -145,7 +151,7 @@ def _team(draft: Draft, rule: RuleSpec, limits: Limits) -> int:
     passes = searched + draft.course.passes * (2 if draft.course.route == "sum" else 1)
     if work < PASS_WORK * passes or work * others <= limits.whole:
         return 1
-    team = min(limits.workers, _parts(draft))
+    team = min(limits.workers, _parts(draft, rule))
     needed, host = least(draft, rule, 2), 0
     travelling = project_team(draft.shape, draft.course)
     if limits.on_device:
@@ -155,11 +161,11 @@ def _team(draft: Draft, rule: RuleSpec, limits: Limits) -> int:
     return team if needed <= limits.room and host <= _host_room(limits) else 1
 
 
-def _parts(draft: Draft) -> int:
+def _parts(draft: Draft, rule: RuleSpec) -> int:
     """Into how many parts a target's work falls that can be done side by side."""
     shape, route = draft.seen, draft.course.route
     if route == "fold":
-        return len(flat_tiles(shape.rank * shape.small))
+        return min(map(len, factor_tiles(rule, shape)))
     if route == "sum":
         return len(panels(len(factor_groups(shape.ranks, shape.m + shape.n))))
     if route == "gram":
@@ -239,7 +245,7 @@ def _lanes(draft: Draft, rule: RuleSpec, limits: Limits, room: int, team: int) -
     if limits.on_device:
         return 1
     leading = team > 1
-    lanes = min(limits.budget.threads, -(-_parts(draft) // team))
+    lanes = min(limits.budget.threads, -(-_parts(draft, rule) // team))
     while lanes > 1 and least(draft, rule, lanes + leading) > room:
         lanes -= 1
     return lanes

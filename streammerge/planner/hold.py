@@ -13,13 +13,14 @@ from streammerge.planner.align import Group
 from streammerge.planner.memory import (
     Holding,
     factor_bytes,
+    factor_tiles,
     joined_tile_bytes,
     project,
     stack_bytes,
     tile_bytes,
 )
 from streammerge.planner.routes import COORDINATES, Course, Shape, seen_shape
-from streammerge.tiling import factor_rows, flat_tiles, longest, row_tiles
+from streammerge.tiling import factor_rows, longest, row_tiles
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def hold(draft: Draft, rule: RuleSpec, room: int, lanes: int) -> Holding:
         return Holding(factors=_held_factors(shape, room), lanes=lanes)
     factors = _held_factors(shape, room) if draft.course.route != "fold" else 0
     room -= factor_bytes(shape, factors)
-    stack = lanes * stack_bytes(shape, _tile_elements(draft))
+    stack = lanes * stack_bytes(shape, _tile_elements(draft, rule))
     stacked = rule.sweeps > 1 and stack <= room
     room -= stack if stacked else 0
     if draft.course.route != "krylov":
@@ -111,8 +112,8 @@ def _held_factors(shape: Shape, room: int) -> int:
     return int(np.searchsorted(sizes, room, side="right"))
 
 
-def _tile_elements(draft: Draft) -> int:
+def _tile_elements(draft: Draft, rule: RuleSpec) -> int:
     shape = draft.shape
     if draft.course.route == "fold":
-        return max(longest(flat_tiles(shape.rank * side)) for side in (shape.m, shape.n))
+        return max(map(longest, factor_tiles(rule, shape)))
     return longest(row_tiles(shape.m, shape.n)) * shape.n

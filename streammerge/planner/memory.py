@@ -12,10 +12,13 @@ from functools import lru_cache
 from streammerge.catalog import RuleSpec
 from streammerge.planner.routes import DOUBLE, PROBES, Course, Shape, seen_shape, whole_side
 from streammerge.tiling import (
+    RANKED_ELEMENTS,
     TILE_ELEMENTS,
+    Pieces,
     factor_groups,
     factor_rows,
     flat_tiles,
+    fold_tiles,
     gram_blocks,
     gram_rows,
     inner_groups,
@@ -167,10 +170,17 @@ def _averaged(shape: Shape) -> int:
 
 def _fold(rule: RuleSpec, shape: Shape, holding: Holding) -> int:
     """Tiles of A or B: of the sources, stored and converted; the rule's buffers; cast, twice."""
-    elements = max(longest(flat_tiles(shape.rank * side)) for side in (shape.m, shape.n))
+    sides = factor_tiles(rule, shape)
+    elements = max(map(longest, sides))
     stored = elements * (shape.stored_item + 2 * shape.out_item)
-    tiles = max(len(flat_tiles(shape.rank * side)) for side in (shape.m, shape.n))
-    return holding.lanes * stored + _rule(rule, shape, (tiles, elements), holding)
+    return holding.lanes * stored + _rule(rule, shape, (max(map(len, sides)), elements), holding)
+
+
+def factor_tiles(rule: RuleSpec, shape: Shape) -> tuple[Pieces, Pieces]:
+    """Return the tiles of A and of B in which a rule goes over factors."""
+    sides = (shape.rank, shape.n), (shape.m, shape.rank)
+    a, b = (fold_tiles(*side, whole_rows=rule.whole_rows) for side in sides)
+    return a, b
 
 
 def _core(shape: Shape) -> int:
@@ -334,10 +344,20 @@ def _rule(rule: RuleSpec, shape: Shape, tiles: tuple[int, int], holding: Holding
         return holding.lanes * held
     if rule.sparsity == "random":
         return holding.lanes * (held + 3 * min(elements, DRAWN) * 4)
+    if rule.sparsity == "ranked":
+        return holding.lanes * (held + 3 * min(elements, DRAWN) * 4 + _ranking(shape, elements))
     # Two masks and the places found; among equals at a threshold magnitudes and 64-bit places.
     places = elements * (shape.item + 2 + 8)
     gathered = 3 * min(GATHERED, elements * count) * shape.item
     return holding.lanes * (held + COUNTER_BYTES + places) + gathered
+
+
+def _ranking(shape: Shape, elements: int) -> int:
+    """The odds of a row's elements; of rows that are sorted at once the magnitudes, twice, their
+    places, twice while a row is sorted, and the odds of each element."""
+    row = min(elements, max(shape.m, shape.n, shape.rank))
+    sorted_at_once = min(elements, max(row, 2 * RANKED_ELEMENTS))
+    return row * (3 * DOUBLE + shape.item + 4) + sorted_at_once * (3 * shape.item + 2 * 8 + 4)
 
 
 def _dense(shape: Shape) -> int:

@@ -15,6 +15,8 @@ from streammerge.rules.breadcrumbs import breadcrumbs
 from streammerge.rules.consensus import consensus
 from streammerge.rules.dare_linear import dare_linear
 from streammerge.rules.dare_ties import dare_ties
+from streammerge.rules.della import della
+from streammerge.rules.della_linear import della_linear
 from streammerge.rules.inner import Inner
 from streammerge.rules.iso_c import iso_c
 from streammerge.rules.iso_cts import iso_cts
@@ -44,6 +46,8 @@ FUNCTIONS: dict[str, Rule] = {
     "consensus": consensus,
     "dare_linear": dare_linear,
     "dare_ties": dare_ties,
+    "della": della,
+    "della_linear": della_linear,
     "linear": linear,
     "magnitude_prune": magnitude_prune,
     "ties": ties,

@@ -27,6 +27,9 @@ class Tile:
     """With only their largest magnitudes but for outliers, by two thresholds of each tensor."""
     random: Tensors
     """With random elements kept, divided by the density."""
+    ranked: Tensors
+    """With random elements kept, the likelier the larger they are in their row, each divided by the
+    probability that it is kept with."""
     weights: Sequence[float]
     majority_sign: str
     """"total": the sign of the sum; "frequency": the sign that more of them have."""

@@ -10,7 +10,7 @@ from streammerge.catalog import RULES
 from streammerge.kernels.each import Each, Here, Over, Pool
 from streammerge.kernels.tiles import MergedTiles, Operands
 from streammerge.spaces.factor import factor_weights
-from streammerge.tiling import factor_rows, flat_tiles, longest, sample_step
+from streammerge.tiling import factor_rows, flat_tiles, fold_tiles, longest, sample_step
 from streammerge.worker.coefficients import with_coefficients
 from streammerge.worker.coordinates import (
     merge_in_both_bases,
@@ -87,9 +87,10 @@ def _fold(work: Work, writers: Writers) -> None:
     """Write the rule's answer on all A's, then on all B's, a tile at a time."""
     job, sources = work.job, work.sources
     weights = factor_weights(sources.weights, sources.scalings)
+    whole_rows = RULES[job.options.rule].whole_rows
     sides = (("A", sources.a, writers.a), ("B", sources.b, writers.b))
     for (side, readers, writer), side_weights in zip(sides, weights, strict=True):
-        spans = flat_tiles(readers[0].factor.elements)
+        spans = fold_tiles(*readers[0].matrix_shape, whole_rows=whole_rows)
         operands = Operands(
             spans=spans,
             fill=_factor_tiles(readers, spans),

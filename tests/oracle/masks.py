@@ -1,11 +1,11 @@
-"""DARE's masks as streammerge draws them, for the oracles to use the same ones."""
+"""What streammerge draws at random, for the oracles to use the same."""
 
 from __future__ import annotations
 
 import math
 
 from oracle.cases import MaskMaker
-from oracle.restated import Mask
+from oracle.restated import Mask, Matrix
 from streammerge.draw import keep_limit, random_bits, stream_key
 
 
@@ -19,3 +19,10 @@ def stream_masks(density: float, seed: int = 0) -> MaskMaker:
         return kept
 
     return make
+
+
+def draws(position: int, target: str, tensor: str, shape: tuple[int, ...], seed: int = 0) -> Matrix:
+    """The numbers in [0, 1) that decide whether elements are kept."""
+    bits = random_bits(stream_key(seed, position, target, tensor), 0, math.prod(shape))
+    drawn: Matrix = bits.numpy().reshape(shape) / 2.0**32
+    return drawn

@@ -20,7 +20,7 @@ Mask = npt.NDArray[np.bool_]
 FACTOR_METHODS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 DELTA_METHODS = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
 METHODS = ("cat", *FACTOR_METHODS, *DELTA_METHODS)
-OTHER_RULES = ("breadcrumbs", "consensus")
+OTHER_RULES = ("breadcrumbs", "della", "della_linear", "consensus")
 """Rules that PEFT does not have."""
 _RULE_OF_DELTA_METHOD = {
     name: "linear" if name == "svd" else name.removesuffix("_svd") for name in DELTA_METHODS
@@ -43,10 +43,10 @@ class Source:
 
 @dataclass(frozen=True)
 class FactorMasks:
-    """What DARE keeps of each adapter's A and of each adapter's B."""
+    """What DARE keeps of each adapter's A and of each adapter's B, or what DELLA draws for them."""
 
-    a: Sequence[Mask]
-    b: Sequence[Mask]
+    a: Sequence[Any]
+    b: Sequence[Any]
 
 
 def rule_of(method: str) -> str:
@@ -97,6 +97,20 @@ def prune_by_mask(x: Matrix, keep: Mask, density: float) -> Matrix:
     return np.where(keep, x / density, 0.0)
 
 
+def odds_by_rank(x: Matrix, density: float, epsilon: float) -> Matrix:
+    """With what probability MagPrune keeps each element: by its rank in its row, from 0 for the
+    smallest magnitude on; of equals the one further left is the smaller."""
+    ranks = np.argsort(np.argsort(np.abs(x), axis=1, kind="stable"), axis=1)
+    share = ranks / (x.shape[1] - 1) if x.shape[1] > 1 else np.full(x.shape, 0.5)
+    return density - epsilon / 2 + epsilon * share
+
+
+def prune_by_rank(x: Matrix, drawn: Matrix, density: float, epsilon: float) -> Matrix:
+    """Keep the elements whose draws, uniform in [0, 1), are below their odds, divided by these."""
+    odds = odds_by_rank(x, density, epsilon)
+    return np.where(drawn < odds, x / odds, 0.0)
+
+
 def consensus(
     tensors: Sequence[Matrix], weights: Sequence[float], parameters: Mapping[str, float]
 ) -> Matrix:
@@ -141,10 +155,10 @@ def apply_rule(
     *,
     density: float | None = None,
     majority_sign: str = "total",
-    masks: Sequence[Mask] | None = None,
+    masks: Sequence[Any] | None = None,
     parameters: Mapping[str, float] = {},
 ) -> Matrix:
-    """One element-wise rule on N tensors of one shape."""
+    """One element-wise rule on N tensors of one shape; `masks` are draws where DELLA prunes."""
     if rule == "linear":
         return weighted_sum(tensors, weights)
     if rule == "consensus":
@@ -153,13 +167,18 @@ def apply_rule(
     if rule.startswith("dare"):
         assert masks is not None
         pruned = [prune_by_mask(x, keep, density) for x, keep in zip(tensors, masks, strict=True)]
+    elif rule.startswith("della"):
+        assert masks is not None
+        epsilon = parameters["epsilon"]
+        drawn = zip(tensors, masks, strict=True)
+        pruned = [prune_by_rank(x, draws, density, epsilon) for x, draws in drawn]
     elif rule == "breadcrumbs":
         pruned = [prune_to_crumbs(x, density, parameters["gamma"]) for x in tensors]
     else:
         pruned = [prune_by_magnitude(x, density) for x in tensors]
-    if rule in ("ties", "dare_ties"):
+    if rule in ("ties", "dare_ties", "della"):
         return disjoint_mean(pruned, weights, majority_sign)
-    assert rule in ("magnitude_prune", "dare_linear", "breadcrumbs"), rule
+    assert rule in ("magnitude_prune", "dare_linear", "della_linear", "breadcrumbs"), rule
     return weighted_sum(pruned, weights)
 
 
@@ -300,6 +319,13 @@ def pruning_gap(x: Matrix, density: float) -> float:
         return math.inf
     ordered = np.sort(np.abs(x).ravel())[::-1]
     return float((ordered[keep - 1] - ordered[keep]) / ordered[keep - 1])
+
+
+def rank_gap(x: Matrix) -> float:
+    """The smallest distance of two magnitudes in a row, but for zeros, relative to the largest."""
+    ordered = np.sort(np.abs(x), axis=1)
+    distance = np.diff(ordered, axis=1)[ordered[:, 1:] > 0]
+    return float(distance.min() / ordered.max()) if distance.size else math.inf
 
 
 def consensus_gap(
