@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["element-wise", "coefficient", "spectral"]
-Sparsity = Literal["none", "largest", "middle", "random", "ranked"]
+Sparsity = Literal["none", "largest", "middle", "random", "ranked", "varied"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class RuleSpec:
     """The paper, or PEFT where it was defined there."""
     sparsity: Sparsity = "none"
     """Which elements it keeps: all, the largest by magnitude, the largest but for outliers, random
-    ones, or random ones of which the largest of a row are likelier."""
+    ones, random ones of which the largest of a row are likelier, or those that vary most over the
+    tensors."""
     elects: bool = False
     """Whether it takes `majority_sign`."""
     sweeps: int = 1
@@ -83,6 +84,12 @@ class RuleSpec:
     def whole_rows(self) -> bool:
         """Whether its tiles are of whole rows, for it ranks the elements of each."""
         return self.sparsity == "ranked"
+
+    @property
+    def joint_passes(self) -> int:
+        """How often it goes over the tiles of all tensors together before it merges the first one:
+        some two times for the threshold of what varies most, once for how much each counts."""
+        return 3 if self.sparsity == "varied" else 0
 
     @property
     def cuts(self) -> int:
@@ -211,6 +218,18 @@ RULES: dict[str, RuleSpec] = {
             tile_buffers=1,
             operations=90,
             parameters=(_EPSILON,),
+        ),
+        RuleSpec(
+            name="sce",
+            kind="element-wise",
+            summary="keep what varies most, elect a sign, mean of those that agree by their mean "
+            "squares",
+            source="Wan et al. 2024, arXiv 2408.07990",
+            sparsity="varied",
+            elects=True,
+            sweeps=4,
+            tile_buffers=4,
+            operations=26,
         ),
         RuleSpec(
             name="consensus",
@@ -367,6 +386,7 @@ METHODS: dict[str, Method] = {
         Method("breadcrumbs", "breadcrumbs", "delta"),
         Method("della", "della", "delta"),
         Method("della_linear", "della_linear", "delta"),
+        Method("sce", "sce", "delta"),
         Method("consensus", "consensus", "delta"),
         Method("slerp", "slerp", "delta"),
         Method("multislerp", "multislerp", "delta"),

@@ -7,6 +7,7 @@ import operator
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any, TypeVar
@@ -156,7 +157,9 @@ def make_parameters(parameters: Any) -> tuple[tuple[str, float], ...]:
         )
     made = []
     for name, given in sorted(parameters.items(), key=str):
-        number = make_number(given, float, option="parameters")
+        number = None
+        with suppress(RecipeError):
+            number = make_number(given, float, option="parameters")
         if number is None or not math.isfinite(number):
             raise RecipeError(f"{name} must be a number, not {given!r}", option="parameters")
         made.append((str(name), number))

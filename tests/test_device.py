@@ -37,7 +37,15 @@ MIB = 1024**2
 LAYERS = {"wide": linear(1536, 3072, 16), "tall": linear(3072, 640, 16)}
 METHODS = ("linear", "cat", "svd", "ties", "dare_ties", "ties_svd", "dare_linear_svd")
 IN_BASES = ("ties@core", "dare_ties@knots")
-BY_MORE = ("consensus", "della", "della@factor", "della_linear@core")
+BY_MORE = (
+    "consensus",
+    "della",
+    "della@factor",
+    "della_linear@core",
+    "sce",
+    "sce@factor",
+    "sce@knots",
+)
 """Rules that hold what the others do not."""
 
 

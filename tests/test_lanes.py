@@ -28,6 +28,7 @@ METHODS = (
     "consensus",
     "della",
     "della_linear",
+    "sce",
 )
 IN_BASES = ("ties@core", "magnitude_prune@knots", "ties@ctm", "karcher", "tsv")
 

@@ -34,6 +34,7 @@ METHODS = (
     "consensus",
     "della",
     "della_linear",
+    "sce",
 )
 
 

@@ -123,7 +123,10 @@ def test_a_schedule_is_the_merge_of_its_parts(adapters: list[str], tmp_path: Pat
     assert not whole
 
 
-@pytest.mark.parametrize("method", [n for n, m in METHODS.items() if RULES[m.rule].needs_density])
+@pytest.mark.parametrize(
+    "method",
+    [n for n, m in METHODS.items() if RULES[m.rule].sparsity not in ("none", "varied")],
+)
 def test_a_density_for_each_adapter(method: str, adapters: list[str], tmp_path: Path) -> None:
     """One for all is one for each, to the byte; another one is not."""
     for name, density in (("all", 0.4), ("each", [0.4, 0.4]), ("other", [0.4, 0.7])):

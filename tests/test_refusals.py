@@ -69,6 +69,8 @@ def run(command: str, adapters: list[Path], output: Path, options: Mapping[str, 
     flags = []
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, Mapping):
+            value = [f"{key}={number}" for key, number in value.items()]  # noqa: PLW2901
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         flags.append(flag if value is True else f"{flag}={text}")
     arguments = [command, *map(str, adapters), f"--output={output}", *flags]
@@ -652,6 +654,12 @@ OPTIONS = (
             options={"method": "ties", "density": 0.9, "parameters": {"gamma": 0.01}},
             facts={"option": "parameters"},
         ),
+        "densities of what is kept of all": Refusal(
+            R,
+            ("sce", "same for all", "0.2", "0.5"),
+            options={"method": "sce", "density": [0.2, 0.5]},
+            facts={"option": "density"},
+        ),
         "odds of nothing": Refusal(
             R,
             ("della", "probability 0:", "(0, 1]"),
@@ -661,7 +669,7 @@ OPTIONS = (
         "odds of less than nothing": Refusal(
             R,
             ("della_linear", "probability -0.06", "(0, 1]"),
-            options={"method": "della_linear", "density": (0.5, 0.01)},
+            options={"method": "della_linear", "density": [0.5, 0.01]},
             facts={"option": "parameters"},
         ),
         "odds above one": Refusal(

@@ -61,7 +61,7 @@ TARGETS = {
 WEIGHTS_GIVEN = (1.0, -0.6, 0.3)
 
 METHOD_NAMES = (*METHODS, *IN_BASES)
-BY_THRESHOLD = tuple(n for n in METHOD_NAMES if rule_of(n).sparsity == "largest")
+BY_THRESHOLD = tuple(n for n in METHOD_NAMES if rule_of(n).sparsity in ("largest", "varied"))
 STREAMED = tuple(n for n, m in METHODS.items() if m.space == "delta" and m.rule != "linear")
 
 Saved = Callable[[str], list[Path]]

@@ -34,6 +34,8 @@ SHARED = {
     "magnitude_prune_svd": "krylov",
     "dare_linear_svd": "krylov",
     "dare_ties_svd": "krylov",
+    "della": "krylov",
+    "sce": "krylov",
     "svd": "sum",
 }
 
@@ -193,7 +195,13 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 @pytest.mark.usefixtures("sharing")
 @pytest.mark.parametrize(
     ("method", "rank"),
-    [("ties_svd", 4), ("dare_linear_svd", 4), ("svd", 4), ("ties_svd", "energy:0.02,max:4")],
+    [
+        ("ties_svd", 4),
+        ("dare_linear_svd", 4),
+        ("sce", 4),
+        ("svd", 4),
+        ("ties_svd", "energy:0.02,max:4"),
+    ],
 )
 def test_three_workers_share_a_target(
     method: str, rank: int | str, sources: list[str], three: LocalCluster, tmp_path: Path

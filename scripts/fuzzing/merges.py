@@ -237,13 +237,16 @@ def _is_decided(
         weights = _seen_weights(case, here, tensor)
         gap = restated.consensus_gap(tensors, weights, _common(case)["parameters"])
         return len(tensors) == 1 or gap > decided
-    pruned = list(tensors)
+    pruned, settled = list(tensors), True
     if case.rule.startswith("della"):
         epsilon = _common(case)["parameters"]["epsilon"]
-        if not (epsilon == 0 or whole or all(restated.rank_gap(x) > decided for x in tensors)):
-            return False
+        settled = epsilon == 0 or whole or all(restated.rank_gap(x) > decided for x in tensors)
         drawn = zip(tensors, _masks(case, here, tensor, tensors[0].shape), strict=True)
         pruned = [restated.prune_by_rank(x, u, density, epsilon) for x, u in drawn]
+    elif case.rule == "sce":
+        exact = whole and _is_dyadic(case, here) and len(tensors) in (1, 2, 4)
+        settled = exact or restated.variance_gap(tensors, density) > decided
+        pruned = restated.select_varied(tensors, density)
     elif not case.rule.startswith("dare"):
         stored = case.space == "factor" and (
             compute == "float64" or all(adapter.dtype != "F64" for adapter in held)
@@ -252,22 +255,27 @@ def _is_decided(
         cuts = [density + gamma] + ([gamma] if gamma else [])
         with np.errstate(invalid="ignore"):
             gaps = [restated.pruning_gap(x, share) for x in tensors for share in cuts]
-        if not (stored or whole or all(g > decided or math.isnan(g) for g in gaps)):
-            return False
+        settled = stored or whole or all(g > decided or math.isnan(g) for g in gaps)
         pruned = [restated.prune_by_magnitude(x, density) for x in tensors]
     elif density < 1:
         keeps = _masks(case, here, tensor, tensors[0].shape)
         pruned = [
             restated.prune_by_mask(x, k, density) for x, k in zip(tensors, keeps, strict=True)
         ]
+    if not settled:
+        return False
     if (
         case.rule in ("magnitude_prune", "breadcrumbs", "della_linear")
         or case.options["majority_sign"] == "frequency"
     ):
         return True
-    dyadic = not _is_random(case) or math.frexp(density)[0] == 0.5
-    scaled = case.space == "factor" or all((s.scaling * 64).is_integer() for s in here.sources)
-    return (whole and dyadic and scaled) or restated.election_gap(pruned) > decided
+    dyadic = not _is_random(case) or (case.rule == "dare_ties" and math.frexp(density)[0] == 0.5)
+    return (whole and dyadic and _is_dyadic(case, here)) or restated.election_gap(pruned) > decided
+
+
+def _is_dyadic(case: Case, here: Present) -> bool:
+    """Whether what a rule sees of small whole numbers is exact."""
+    return case.space == "factor" or all((s.scaling * 64).is_integer() for s in here.sources)
 
 
 def _is_random(case: Case) -> bool:

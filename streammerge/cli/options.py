@@ -79,7 +79,7 @@ class Parameters(click.ParamType[dict[str, float]]):
         for part in value.split(","):
             name, equals, number = (word.strip() for word in part.partition("="))
             if not name or not equals or name in found:
-                self.fail(f"{value!r} is not of the form NAME=VALUE,NAME=VALUE", param, ctx)
+                self.fail(f"{value!r} is no mapping of the form NAME=VALUE,NAME=VALUE", param, ctx)
             try:
                 found[name] = float(number)
             except ValueError:

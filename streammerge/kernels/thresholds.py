@@ -52,6 +52,18 @@ class Threshold:
             return keep_largest_(x, self.value, equals=None)
         return keep_largest_(x, self.value, equals=self.equals if t == self.last else 0)
 
+    def mask_(self, x: torch.Tensor, t: int) -> torch.Tensor:
+        """Set the elements of tile `t`, none negative, to 1 where they are kept and to 0 elsewhere,
+        in place; return it."""
+        if math.isinf(self.value):
+            return x.zero_()
+        if self.last is None or t < self.last:
+            return x.ge_(self.value)
+        kept = equal_places(x, self.value)[: self.equals if t == self.last else 0]
+        x.gt_(self.value)
+        x[kept] = 1.0
+        return x
+
 
 @dataclass(frozen=True)
 class Band:
@@ -117,19 +129,19 @@ def find_band(stream: Stream, gamma: float, density: float, over: Over) -> Band:
     return Band(find_cut(stream, outliers, over), find_cut(stream, kept, over))
 
 
-def find_cut(stream: Stream, keep: int, over: Over) -> Threshold:
-    """Find the cut that keeps so many of the largest magnitudes; `find_threshold` says how."""
+def find_cut(stream: Stream, keep: int, over: Over, *, zeros: bool = False) -> Threshold:
+    """Find the cut that keeps so many of the largest magnitudes; `find_threshold` says how.
+
+    Whether an element of zero is kept is told only with `zeros`: as a value it is zero either way.
+    """
     if keep <= 0:
         return Threshold(math.inf)
     if keep >= stream.numel:
         return Threshold(-1.0)
-    found = _sift(stream, keep, over) or _count_digits(stream, keep, over)
+    found = _sift(stream, keep, over) or _count_digits(stream, keep, over, zeros=zeros)
     if not math.isfinite(found.value):
         raise FloatingPointError("a tensor overflows: its threshold is not finite")
-    # An element equal to a threshold of zero is zero, kept or not.
-    if found.value == 0.0:
-        return Threshold(0.0)
-    return found
+    return Threshold(0.0) if found.value == 0.0 and not zeros else found
 
 
 def _sift(stream: Stream, keep: int, over: Over) -> Threshold | None:
@@ -191,14 +203,15 @@ def _settle(found: Sequence[Sifted], place: int) -> Threshold:
     return _cut_equals(float(value), equals, place - larger)
 
 
-def _count_digits(stream: Stream, keep: int, over: Over) -> Threshold:
+def _count_digits(stream: Stream, keep: int, over: Over, *, zeros: bool) -> Threshold:
     """Find the threshold digit by digit, which takes a pass for each and one for the equals."""
     dtype = next(stream.tiles(range(1))).dtype
     search = Search(remaining=keep)
     while search.settled < digits(dtype):
         search = settle_digit(search, accumulate(over(count_panel, search)))
     value = found_value(search, dtype)
-    if search.remaining == search.occurrences or value == 0.0 or not math.isfinite(value):
+    decided = search.remaining == search.occurrences or not math.isfinite(value)
+    if decided or (value == 0.0 and not zeros):
         return Threshold(value)
     equals = [count for counts in over(count_equals, value) for count in counts]
     return _cut_equals(value, equals, search.remaining)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol
+from functools import cached_property, partial
 
 import torch
 
@@ -14,7 +12,15 @@ from streammerge.catalog import RULES, Sparsity
 from streammerge.draw import Drawer
 from streammerge.kernels.each import Here, Over, Pool
 from streammerge.kernels.ranks import drop_ranked_, rank_odds
-from streammerge.kernels.thresholds import Band, Cut, Stream, find_band, find_threshold
+from streammerge.kernels.selection import Selection, find_selection, squared, variance
+from streammerge.kernels.thresholds import (
+    Band,
+    Cut,
+    Stream,
+    Threshold,
+    find_band,
+    find_threshold,
+)
 from streammerge.rules import FUNCTIONS, Tile
 from streammerge.tiling import sample_step
 
@@ -83,6 +89,9 @@ class MergedTiles:
         self._workspaces = Pool(lambda: _Workspace(operands))
         self.thresholds: tuple[Cut, ...] = ()
         """Where each tensor is cut, once that is known; none where it is found with the tile."""
+        self.selection: Selection | None = None
+        """What is kept of all tensors alike, once that is known; None where the rule does not ask
+        for it."""
 
     def find_thresholds(self, over: Callable[[int], Over]) -> None:
         """Find where tensors are cut, if the rule cuts them.
@@ -98,12 +107,25 @@ class MergedTiles:
                 self._find_cut(i, self.stream(i), over(i)) for i in range(len(self._operands))
             )
 
+    def find_selection(self, variation: Over, tiles: Over) -> None:
+        """Find what is kept of all tensors alike, if the rule keeps what varies most.
+
+        Args:
+            variation: the panels of the variance over the tensors.
+            tiles: those of this.
+        """
+        if RULES[self._options.rule].joint_passes:
+            density, count = self._operands.densities[0], len(self._operands)
+            found = find_selection(self.variation(), density, count, variation, tiles)
+            self.selection = found
+
     def __call__(self, t: int, out: torch.Tensor) -> torch.Tensor:
         """Write merged tile `t` into the head of a flat buffer and return it, flat."""
-        options = self._options
+        options, chosen = self._options, self.selection
         start, stop = self._operands.spans[t]
         with self._workspaces.lend() as space:
             space.stack = None
+            varied = self._select(space, t, chosen.cut) if chosen else "none"
             return FUNCTIONS[options.rule](
                 Tile(
                     tensors=lambda: self._go_over(space, t, "none"),
@@ -111,6 +133,8 @@ class MergedTiles:
                     middle=lambda: self._go_over(space, t, "middle"),
                     random=lambda: self._go_over(space, t, "random"),
                     ranked=lambda: self._go_over(space, t, "ranked"),
+                    varied=lambda: self._go_over(space, t, varied),
+                    shares=chosen.shares if chosen else (),
                     weights=self._operands.weights,
                     majority_sign=options.majority_sign,
                     parameters=options.parameters,
@@ -129,20 +153,76 @@ class MergedTiles:
 
         return Stream(self._operands.spans, tiles, lambda: self._operands.sample(i))
 
+    def variation(self) -> Stream:
+        """Return the variance over the tensors, for the search of its threshold."""
+        operands = self._operands
+
+        def tiles(panel: range) -> Iterator[torch.Tensor]:
+            with self._workspaces.lend() as space:
+                for t in panel:
+                    space.stack = None
+                    yield self._variance(space, t)
+
+        def sample() -> torch.Tensor:
+            # Places are the same in all tensors, or the sample is a bad one; that costs time alone.
+            first = operands.sample(0)
+            out, mean, part = (torch.empty_like(first) for _ in range(3))
+            each = partial(map, operands.sample, range(len(operands)))
+            return variance(each, len(operands), out=out, mean=mean, part=part)
+
+        return Stream(operands.spans, tiles, sample)
+
+    def squares(self, panel: range, cut: Threshold) -> torch.Tensor:
+        """Return the sum of squares of each tensor over some tiles and the elements that vary most.
+
+        Args:
+            panel: which tiles.
+            cut: of the variance.
+        """
+        sums = self._operands.new_buffer(0).new_zeros(len(self._operands), dtype=torch.float64)
+        with self._workspaces.lend() as space:
+            for t in panel:
+                space.stack = None
+                kept = self._select(space, t, cut)
+                for i, x in enumerate(self._go_over(space, t, kept)):
+                    sums[i] += squared(x)
+        return sums
+
+    def _select(self, space: _Workspace, t: int, cut: Threshold) -> Sparsity:
+        """Mark in the mask which elements of tile t vary most; return how tensors are gone over."""
+        if cut.value < 0:
+            return "none"
+        cut.mask_(self._variance(space, t), t)
+        return "varied"
+
+    def _variance(self, space: _Workspace, t: int) -> torch.Tensor:
+        """Return the variance over the tensors of the elements of tile t, in the mask's buffer."""
+        start, stop = self._operands.spans[t]
+        out, mean, part = (x[: stop - start] for x in (space.mask, space.spare(0), space.spare(1)))
+        each = partial(self._go_over, space, t, "none")
+        return variance(each, len(self._operands), out=out, mean=mean, part=part)
+
     def _go_over(self, space: _Workspace, t: int, kept: Sparsity) -> Iterator[torch.Tensor]:
         """Yield tile t of each tensor, with the elements kept that a rule asks for."""
         if space.stack is not None and space.stack[0] == kept:
             yield from space.stack[1]
             return
-        made = []
+        there = space.stack[1] if space.stack is not None and space.stack[0] == "none" else None
+        # What is there is worked on in place.
+        space.stack, made = None, []
         for i in range(len(self._operands)):
-            x = self._operands.fill(i, t, space.incoming(i if self._stacked else 0))
+            if there is not None:
+                x = there[i]
+            else:
+                x = self._operands.fill(i, t, space.incoming(i if self._stacked else 0))
             if kept in ("largest", "middle"):
                 x = self._prune_(space, i, t, x)
             elif kept == "random":
                 x = self._drop_(space, i, t, x)
             elif kept == "ranked":
                 x = self._drop_ranked_(space, i, t, x)
+            elif kept == "varied":
+                x.mul_(space.mask[: len(x)])
             made.append(x)
             yield x
         if self._stacked:
@@ -206,7 +286,7 @@ class _Workspace:
 
     @cached_property
     def mask(self) -> torch.Tensor:
-        """The buffer for a mask of random elements, or for outliers."""
+        """The buffer for a mask, or for outliers."""
         return self._new()
 
     @cached_property
@@ -218,58 +298,3 @@ class _Workspace:
         while len(buffers) <= number:
             buffers.append(self._new())
         return buffers[number]
-
-
-class TileStore(Protocol):
-    """Somewhere to put tiles that do not fit into memory."""
-
-    def put(self, t: int, tile: torch.Tensor) -> None:
-        """Store tile `t`, flat."""
-
-    def get(self, t: int, out: torch.Tensor) -> torch.Tensor:
-        """Read tile `t` as it was stored into the head of a flat buffer and return it."""
-
-
-class HeldTiles:
-    """Tiles of which some are made only once.
-
-    Of those that are asked for the first `count` are held in memory, the next `stored` are put
-    into the store; the others are made again each time.
-    """
-
-    def __init__(self, make: TileAt, count: int, store: TileStore | None, stored: int) -> None:
-        self._make = make
-        self._free = {"held": count, "stored": stored if store is not None else 0}
-        self._store = store
-        self._places: dict[int, str] = {}
-        self._lock = threading.Lock()
-        # Each tile is asked for by one thread at a time; entries of dictionaries are atomic.
-        self._held: dict[int, torch.Tensor] = {}
-        self._put: set[int] = set()
-
-    def __call__(self, t: int, out: torch.Tensor) -> torch.Tensor:
-        """Return tile `t`, flat; in `out` unless it is held."""
-        place = self._places.get(t) or self._place(t)
-        if place == "held":
-            if t not in self._held:
-                # Made in memory of its own: the buffer is needed for others.
-                self._held[t] = self._make(t, torch.empty_like(out))
-            return self._held[t]
-        if place == "made":
-            return self._make(t, out)
-        assert self._store is not None, "tiles are only stored where there is a store"
-        if t in self._put:
-            return self._store.get(t, out)
-        made = self._make(t, out)
-        self._store.put(t, made)
-        self._put.add(t)
-        return made
-
-    def _place(self, t: int) -> str:
-        """Decide where a tile lies, for good."""
-        with self._lock:
-            place = next((name for name, free in self._free.items() if free > 0), "made")
-            if place in self._free:
-                self._free[place] -= 1
-            self._places[t] = place
-        return place

@@ -89,6 +89,24 @@ def _check_odds(densities: Floats, rule: RuleSpec, epsilon: float) -> None:
             )
 
 
+def check_one_density(alignment: Alignment, sources: Sources, rule: RuleSpec) -> None:
+    """Check that a rule that keeps the same elements of all adapters is told how many.
+
+    Raises:
+        RecipeError: adapters of a target have different densities.
+    """
+    if rule.sparsity != "varied":
+        return
+    for group in alignment.groups:
+        densities = sources.density[group.first : group.last]
+        if densities.min() < densities.max():
+            raise RecipeError(
+                f"{group.target}: {rule.name} keeps the same elements of all adapters, so density "
+                f"must be the same for all, not {densities.min():g} and {densities.max():g}",
+                option="density",
+            )
+
+
 ROUNDING = 1e-12
 """Of sums of numbers that were given in decimals."""
 

@@ -57,6 +57,7 @@ def _formed(course: Course, rule: RuleSpec, shape: Shape) -> int:
     m, n, k, sources = shape.m, shape.n, shape.total_rank, len(shape.ranks)
     made = m * n * (2 * k * rule.sweeps + rule.operations * sources)
     selection = rule.cuts * 2 * m * n * (2 * k + 4 * sources)
+    selection += rule.joint_passes * m * n * (4 * k + 10 * sources)
     if not course.passes:
         return made + selection + 4 * m * n * shape.small + 20 * shape.small**3
     return made + selection + course.passes * 4 * m * n * course.block

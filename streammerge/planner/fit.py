@@ -147,7 +147,7 @@ def _team(draft: Draft, rule: RuleSpec, limits: Limits) -> int:
         return 1
     work = arithmetic(draft.course, rule, draft.shape)
     others = limits.workers * limits.budget.threads * ROUNDS
-    searched = rule.cuts * len(draft.shape.ranks)
+    searched = rule.cuts * len(draft.shape.ranks) + rule.joint_passes
     passes = searched + draft.course.passes * (2 if draft.course.route == "sum" else 1)
     if work < PASS_WORK * passes or work * others <= limits.whole:
         return 1

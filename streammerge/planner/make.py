@@ -22,6 +22,7 @@ from streammerge.errors import RecipeError
 from streammerge.planner.align import Alignment, align, check_shapes, gather
 from streammerge.planner.checks import (
     check_bases,
+    check_one_density,
     check_range,
     check_shares,
     check_sources,
@@ -79,6 +80,7 @@ def make_plan(
     check_range(adapters, sources, recipe.compute_dtype)
     check_shares(sources, rule, parameters)
     check_sources(sources, alignment, rule)
+    check_one_density(alignment, sources, rule)
     check_shapes(adapters, alignment, equal_ranks=space.equal_ranks)
     dtype = output_dtype(adapters, alignment, recipe.dtype)
     stored = STORED_NAMES[dtype]

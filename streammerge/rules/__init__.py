@@ -26,6 +26,7 @@ from streammerge.rules.magnitude_prune import magnitude_prune
 from streammerge.rules.model_stock import model_stock
 from streammerge.rules.multislerp import multislerp
 from streammerge.rules.norm_matched import norm_matched
+from streammerge.rules.sce import sce
 from streammerge.rules.slerp import slerp
 from streammerge.rules.spectrum import Spectrum
 from streammerge.rules.ties import ties
@@ -50,6 +51,7 @@ FUNCTIONS: dict[str, Rule] = {
     "della_linear": della_linear,
     "linear": linear,
     "magnitude_prune": magnitude_prune,
+    "sce": sce,
     "ties": ties,
 }
 

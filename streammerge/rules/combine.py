@@ -5,6 +5,8 @@ All of it is done in the tile's own buffers, for a fresh one costs as much as tw
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from streammerge.rules.tile import Tensors, Tile
@@ -37,8 +39,10 @@ def elect(tensors: Tensors, tile: Tile) -> torch.Tensor:
     return torch.copysign(torch.ones((), dtype=score.dtype, device=score.device), score, out=score)
 
 
-def disjoint_mean(tensors: Tensors, elected: torch.Tensor, tile: Tile) -> torch.Tensor:
-    """Return Σ w_i·x_i over those whose sign was elected, divided by how many they are.
+def disjoint_mean(
+    tensors: Tensors, elected: torch.Tensor, tile: Tile, counts: Sequence[float] | None = None
+) -> torch.Tensor:
+    """Return Σ w_i·c_i·x_i over those whose sign was elected, divided by Σ c_i over the same.
 
     An exact zero has no sign: it neither counts nor contributes. (PEFT's `disjoint_merge`.)
 
@@ -46,11 +50,14 @@ def disjoint_mean(tensors: Tensors, elected: torch.Tensor, tile: Tile) -> torch.
         tensors: the x_i.
         elected: +1 or -1, in the tile's first spare buffer.
         tile: what else there is; the second and third spare buffer are used.
+        counts: the c_i, how much each tensor counts; 1 each when None.
     """
+    counts = counts or [1.0] * len(tile.weights)
     total, part, count = tile.out.zero_(), tile.spare(1), tile.spare(2).zero_()
-    for x, weight in zip(tensors(), tile.weights, strict=True):
+    for x, weight, counted in zip(tensors(), tile.weights, counts, strict=True):
         # x·e is |x| where the signs agree and negative where not; signs cost no rounding.
         torch.mul(x, elected, out=part).clamp_(min=0.0)
-        total.add_(part, alpha=weight)
-        count.add_(part.sign_())
-    return total.mul_(elected).div_(count.clamp_(min=1.0))
+        total.add_(part, alpha=weight * counted)
+        count.add_(part.sign_(), alpha=counted)
+    # Where none agrees the sum is zero, and stays so.
+    return total.mul_(elected).div_(count.clamp_(min=torch.finfo(count.dtype).tiny))

@@ -30,6 +30,11 @@ class Tile:
     ranked: Tensors
     """With random elements kept, the likelier the larger they are in their row, each divided by the
     probability that it is kept with."""
+    varied: Tensors
+    """With only the elements that vary most over the tensors, where the rule keeps these."""
+    shares: Sequence[float]
+    """Of each tensor the share that its squares have in those of all, over the elements that vary
+    most; none where the rule keeps no such."""
     weights: Sequence[float]
     majority_sign: str
     """"total": the sign of the sum; "frequency": the sign that more of them have."""

@@ -8,10 +8,12 @@ from typing import Protocol
 
 import torch
 
+from streammerge.kernels.held import HeldTiles
 from streammerge.kernels.krylov import block_krylov
 from streammerge.kernels.matrices import RowTiles, TiledMatrix, dense
+from streammerge.kernels.selection import Selection
 from streammerge.kernels.thresholds import Cut, Stream
-from streammerge.kernels.tiles import HeldTiles, MergedTiles, Operands
+from streammerge.kernels.tiles import MergedTiles, Operands
 from streammerge.lowrank import Truncation
 from streammerge.output.scratch import ScratchFile
 from streammerge.spaces.delta import delta_sample, delta_tile
@@ -40,14 +42,16 @@ def merge_tensors(work: Work, merged: MergedTensors, passes: int) -> Truncation:
     merged.tiles.find_thresholds(
         lambda i: work.over(("stream", i), lambda: merged.stream(i), count)
     )
+    merged.tiles.find_selection(
+        work.over(("variation",), merged.tiles.variation, count),
+        work.over(("tiles",), lambda: merged.tiles, count),
+    )
     height, width = merged.shape
     if not passes:
         matrix = work.sources.a[0].new_empty((height, width))
         return dense(matrix, merged.tiles, merged.rows, task.rank, work.each)
-    thresholds = merged.tiles.thresholds
-    tiled = TiledMatrix(
-        work.over(("matrix", thresholds), lambda: merged.matrix(thresholds), count), height
-    )
+    found = merged.tiles.thresholds, merged.tiles.selection
+    tiled = TiledMatrix(work.over(("matrix", *found), lambda: merged.matrix(*found), count), height)
     start = work.gaussian("krylov", task.block, width)
     return block_krylov(tiled, task.rank, start, passes, work.each)
 
@@ -97,11 +101,11 @@ class MergedTensors:
         """Return matrix i, for the search of its threshold."""
         return self.tiles.stream(i)
 
-    def matrix(self, thresholds: tuple[Cut, ...]) -> RowTiles:
+    def matrix(self, thresholds: tuple[Cut, ...], selection: Selection | None) -> RowTiles:
         """Return the merged matrix, of matrices cut there; it holds tiles from now on."""
         if self._held is None:
             task = self._work.task
-            self.tiles.thresholds = thresholds
+            self.tiles.thresholds, self.tiles.selection = thresholds, selection
             store = (
                 self._open.enter_context(closing(SpilledTiles(self._work)))
                 if task.spilled
@@ -144,8 +148,9 @@ class Deltas:
 
     def sample(self, i: int) -> torch.Tensor:
         """Return elements of delta i, spread over all rows and columns."""
-        a, (m, rank) = self._a(i), self._sources.b[i].matrix_shape
-        tiles = factor_rows(m, rank)
+        a, m = self._a(i), self.rows[-1][1]
+        # The same places of all deltas, whatever their ranks.
+        tiles = factor_rows(m, max(b.matrix_shape[1] for b in self._sources.b))
         count = sample_size(m * self.width) // len(tiles)
         scaling = self._sources.scalings[i]
         return torch.cat(

@@ -72,8 +72,12 @@ class Member:
     def _part(self, part: Part) -> Any:
         if part[0] == "stream":
             return self._deltas.stream(part[1])
+        if part[0] == "variation":
+            return self._deltas.tiles.variation()
+        if part[0] == "tiles":
+            return self._deltas.tiles
         if part[0] == "matrix":
-            return self._deltas.matrix(part[1])
+            return self._deltas.matrix(*part[1:])
         return self._stacks(part[1])
 
     @cached_property

@@ -103,6 +103,8 @@ def _fold(work: Work, writers: Writers) -> None:
         )
         merged = MergedTiles(operands, job.options, stacked=work.task.stacked)
         merged.find_thresholds(_streams(merged, len(spans), work.each))
+        variation = Here(merged.variation(), len(spans), work.each)
+        merged.find_selection(variation, Here(merged, len(spans), work.each))
         for tile in work.each(_cast_tiles(work, merged, operands, writer.name), range(len(spans))):
             writer.append(bytes_of(tile))
 

@@ -18,8 +18,9 @@ from streammerge.worker.factors import TargetSources
 from streammerge.worker.job import Job
 
 Part = tuple[Any, ...]
-"""What of a target is meant: ("stream", i), the tiles of delta i; ("matrix", thresholds), the
-merged matrix; ("groups", coefficients), the stacks of the sources."""
+"""What of a target is meant: ("stream", i), the tiles of delta i; ("variation",), the variance over
+the deltas; ("tiles",), those of all deltas; ("matrix", thresholds, selection), the merged matrix;
+("groups", coefficients), the stacks of the sources."""
 
 
 class Team(Protocol):

@@ -20,7 +20,7 @@ Mask = npt.NDArray[np.bool_]
 FACTOR_METHODS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 DELTA_METHODS = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
 METHODS = ("cat", *FACTOR_METHODS, *DELTA_METHODS)
-OTHER_RULES = ("breadcrumbs", "della", "della_linear", "consensus")
+OTHER_RULES = ("breadcrumbs", "della", "della_linear", "sce", "consensus")
 """Rules that PEFT does not have."""
 _RULE_OF_DELTA_METHOD = {
     name: "linear" if name == "svd" else name.removesuffix("_svd") for name in DELTA_METHODS
@@ -111,6 +111,31 @@ def prune_by_rank(x: Matrix, drawn: Matrix, density: float, epsilon: float) -> M
     return np.where(drawn < odds, x / odds, 0.0)
 
 
+def select_varied(tensors: Sequence[Matrix], density: float) -> list[Matrix]:
+    """Each with only the int(density * size) elements of largest variance over the tensors, of
+    equals those of the lowest flat index; one alone is kept whole."""
+    if len(tensors) == 1:
+        return list(tensors)
+    varied = np.var(np.stack(tensors), axis=0)
+    kept = np.zeros(varied.size, bool)
+    kept[np.argsort(-varied.ravel(), kind="stable")[: int(density * varied.size)]] = True
+    return [np.where(kept.reshape(x.shape), x, 0.0) for x in tensors]
+
+
+def sce(
+    tensors: Sequence[Matrix], weights: Sequence[float], density: float, majority_sign: str
+) -> Matrix:
+    """Select, calculate, erase: a mean of those that agree, by the squares of what was selected."""
+    selected = select_varied(tensors, density)
+    squares = np.array([np.square(x).sum() for x in selected])
+    shares = squares / squares.sum() if squares.any() else squares
+    elected = elect(selected, majority_sign)
+    counts = [c * (np.sign(x) == elected) for c, x in zip(shares, selected, strict=True)]
+    counted = [c * x for c, x in zip(counts, selected, strict=True)]
+    divisor = np.stack(counts).sum(axis=0)
+    return weighted_sum(counted, weights) / np.where(divisor > 0, divisor, 1.0)
+
+
 def consensus(
     tensors: Sequence[Matrix], weights: Sequence[float], parameters: Mapping[str, float]
 ) -> Matrix:
@@ -164,6 +189,8 @@ def apply_rule(
     if rule == "consensus":
         return consensus(tensors, weights, parameters)
     assert density is not None
+    if rule == "sce":
+        return sce(tensors, weights, density, majority_sign)
     if rule.startswith("dare"):
         assert masks is not None
         pruned = [prune_by_mask(x, keep, density) for x, keep in zip(tensors, masks, strict=True)]
@@ -326,6 +353,17 @@ def rank_gap(x: Matrix) -> float:
     ordered = np.sort(np.abs(x), axis=1)
     distance = np.diff(ordered, axis=1)[ordered[:, 1:] > 0]
     return float(distance.min() / ordered.max()) if distance.size else math.inf
+
+
+def variance_gap(tensors: Sequence[Matrix], density: float) -> float:
+    """Distance between the smallest deviation over tensors that is kept and the largest that is
+    not, relative to the largest value."""
+    deviation = np.std(np.stack(tensors), axis=0)
+    keep = int(density * deviation.size)
+    if len(tensors) == 1 or keep in (0, deviation.size) or not np.any(tensors):
+        return math.inf
+    ordered = np.sort(deviation.ravel())[::-1]
+    return float((ordered[keep - 1] - ordered[keep]) / np.abs(tensors).max())
 
 
 def consensus_gap(
