@@ -247,7 +247,8 @@ def _shapes(
     limit = recipe.rank.largest if isinstance(recipe.rank, RankPolicy) else recipe.rank
     asked = limit or int(rank.max())
     # No policy asks for more than the sources span, where the result lies in that.
-    spanned = late and (rule.name == "linear" or space.name in COORDINATES)
+    summed = rule.name == "linear" or rule.kind == "coefficient"
+    spanned = late and space.spans and (summed or space.name in COORDINATES)
     turned = np.array([adapter.dialect == MLX for adapter in adapters])[alignment.adapter]
     for group in alignment.groups:
         rows = slice(group.first, group.last)
