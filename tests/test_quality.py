@@ -19,7 +19,7 @@ from quality.training import Bench, Steps, make_bench, train_adapter
 from quality.trial import Asked, Trial, run
 from streammerge.catalog import METHODS, RULES, SPACES
 
-MINIATURE = Steps(base=100, adapter=50)
+MINIATURE = Steps(base=200, adapter=100)
 PAIR = ("turned", "wine")
 RANK = 4
 
@@ -171,15 +171,15 @@ def trial(seed: int, **test: tuple[float, float]) -> Trial:
 
 def test_figures_are_of_the_own_adapter_and_over_seeds() -> None:
     trials = [
-        trial(0, worse=(0.4, 0.25), better=(0.8, 0.4), cat=(0.8, 0.5)),
-        trial(1, worse=(0.2, 0.25), better=(0.6, 0.4), cat=(0.8, 0.5)),
-        trial(2, worse=(0.3, 0.25), better=(0.7, 0.4), cat=(0.8, 0.5)),
+        trial(0, worse=(0.4, 0.2), better=(0.8, 0.3), cat=(0.8, 0.5)),
+        trial(1, worse=(0.16, 0.2), better=(0.56, 0.3), cat=(0.8, 0.5)),
+        trial(2, worse=(0.28, 0.2), better=(0.68, 0.3), cat=(0.8, 0.5)),
     ]
     labels = [row.label for row in table.rows(trials)]
     assert labels == ["cat", "better", "worse"]
     shown = table.report(PAIR, trials).splitlines()
-    better = "| `better` | 4 | 0.5 |  | 87.5 ± 12.5 | 80.0 ± 0.0 | 83.8 ± 6.2 | ≈ |"
-    worse = "| `worse` | 4 | 0.5 |  | 37.5 ± 12.5 | 50.0 ± 0.0 | 43.8 ± 6.2 |  |"
+    better = "| `better` | 4 | 0.5 |  | 85.0 ± 15.0 | 60.0 ± 0.0 | 72.5 ± 7.5 | ≈ |"
+    worse = "| `worse` | 4 | 0.5 |  | 35.0 ± 15.0 | 40.0 ± 0.0 | 37.5 ± 7.5 |  |"
     cat = "| `cat` | 8 | 0.5 |  | 100.0 ± 0.0 | 100.0 ± 0.0 | 100.0 ± 0.0 |  |"
     assert {better, worse, cat} < set(shown)
 
@@ -191,6 +191,16 @@ def test_a_method_refused_with_one_seed_has_no_row() -> None:
     trials[1] = replace(trials[1], outcomes=(first, refused))
     assert [row.label for row in table.rows(trials)] == ["a"]
     assert table.refusals(trials) == [("b", "no")]
+
+
+def test_tables_take_their_place_in_a_page() -> None:
+    page = f"before\n{table.BEGINS}\nold\n{table.ENDS}\nafter\n"
+    once = table.put_into(page, "new")
+    assert once == f"before\n{table.BEGINS}\n\nnew\n\n{table.ENDS}\nafter\n"
+    assert table.put_into(once, "new") == once
+    for wrong in ("no marks", table.BEGINS, f"{table.ENDS}{table.BEGINS}", page + page):
+        with pytest.raises(ValueError, match="once each"):
+            table.put_into(wrong, "new")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What merges are worth: adapters trained on real data, merged by every method, and tested.
 
     scripts/eval-quality [--seeds N] [--rank R] [--methods A,B] [--same-start] [--json FILE]
+                         [--page docs/methods.md]
 
 Each seed pretrains a small transformer on a third of scikit-learn's digits, trains a LoRA adapter
 by PEFT on each of six tasks (digits turned, mirrored and inverted; the tables breast_cancer, wine
@@ -24,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from quality.merging import CANDIDATES
-from quality.table import report
+from quality.table import put_into, report
 from quality.trial import Asked, Trial, run
 
 
@@ -42,6 +43,7 @@ def main() -> None:
         "--same-start", action="store_true", help="begin all adapters from the same A's"
     )
     parser.add_argument("--json", type=Path, help="file for every accuracy")
+    parser.add_argument("--page", type=Path, help="file whose tables are replaced")
     options = parser.parse_args()
     labels = tuple(options.methods.split(",")) if options.methods else tuple(CANDIDATES)
     if unknown := [label for label in labels if label not in CANDIDATES]:
@@ -53,7 +55,11 @@ def main() -> None:
     if options.json:
         found = {"asked": asdict(asked), "trials": [asdict(trial) for trial in trials]}
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(report(asked.tasks, trials))
+    tables = report(asked.tasks, trials)
+    if options.page:
+        page = options.page.read_text(encoding="utf-8")
+        options.page.write_text(put_into(page, tables), encoding="utf-8")
+    print(tables)
 
 
 def run_all(asked: Asked, seeds: range) -> list[Trial]:

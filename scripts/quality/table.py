@@ -15,6 +15,8 @@ from quality.trial import Trial
 SURE = 0.05
 """Below this p-value two rows are told apart."""
 
+BEGINS, ENDS = "<!-- eval-quality begins -->", "<!-- eval-quality ends -->"
+
 Figures = Sequence[Sequence[float]]
 """For each seed a figure for each task."""
 
@@ -38,13 +40,26 @@ class Row:
 def report(tasks: Sequence[str], trials: Sequence[Trial]) -> str:
     """Return both tables, and what could not be merged."""
     parts = [
-        "Accuracy, in percent:",
+        f"Accuracy in percent, mean ± standard deviation, {len(trials)} seeds:",
         _absolute(tasks, trials),
-        "Normalised accuracy of merges, in percent of the task's own adapter:",
+        "Normalised accuracy of merges, in percent of what the task's own adapter gets right:",
         _normalised(tasks, trials),
         *(f"{label}: refused: {why}" for label, why in refusals(trials)),
     ]
     return "\n\n".join(parts)
+
+
+def put_into(page: str, tables: str) -> str:
+    """Return a page with the tables between its two marks, instead of what stands there.
+
+    Raises:
+        ValueError: the page does not have each mark once.
+    """
+    before, begins, rest = page.partition(BEGINS)
+    _, ends, after = rest.partition(ENDS)
+    if not begins or not ends or BEGINS in rest or ENDS in after:
+        raise ValueError(f"the page needs {BEGINS} and {ENDS}, once each")
+    return f"{before}{BEGINS}\n\n{tables}\n\n{ENDS}{after}"
 
 
 def normalise(accuracies: Sequence[float], own: Sequence[float]) -> tuple[float, ...]:
