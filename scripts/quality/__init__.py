@@ -1,0 +1,1 @@
+"""Adapters trained on real data, merged by every method, and how well the merges do."""
