@@ -122,6 +122,14 @@ def test_the_command_makes_the_recipe_again(
     assert again["files"] == record["files"]
 
 
+def test_parameters_go_into_the_command(made: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    record, config = copy.deepcopy(made)
+    record["recipe"] |= {"method": "breadcrumbs", "parameters": {"gamma": 0.02}}
+    text = render_card(record, config, "alice/merged")
+    assert "--parameters gamma=0.02 " in text
+    assert "- `parameters`: `gamma=0.02`" in text
+
+
 def test_a_card_knows_whether_it_was_edited(made: tuple[dict[str, Any], dict[str, Any]]) -> None:
     text = render_card(*made, "alice/merged")
     assert is_own_card(text)

@@ -162,9 +162,8 @@ def _how(record: Mapping[str, Any], config: Mapping[str, Any] | None) -> Iterato
         yield f"- rank of the result: {code(config.get('r'))}{others}"
     if "dtype" in record:
         yield f"- dtype of the result: {code(record['dtype'])}"
-    for name, value in recipe.items():
-        if name not in _QUIET and value is not None and value is not False:
-            yield f"- {code(name)}: {code(value if isinstance(value, str) else json.dumps(value))}"
+    for name, value in _options(recipe):
+        yield f"- {code(name)}: {code(value if isinstance(value, str) else json.dumps(value))}"
     for name, value in record.get("fingerprint", {}).items():
         yield f"- computed with {code(name)}: {code(value)}"
     if "consolidated" in record:
@@ -234,15 +233,22 @@ def _again(record: Mapping[str, Any]) -> str:
     words = ["streammerge", "merge", *map(_word, pinned_names(record)), "-o", "OUT"]
     words += ["--method", _word(recipe["method"])]
     words.append("--weights=" + ",".join(_word(weight) for weight in recipe["weights"]))
-    for name, value in recipe.items():
-        if name in _QUIET or value is None or value is False:
-            continue
-        option = "--" + str(name).replace("_", "-")
+    for name, value in _options(recipe):
+        option = "--" + name.replace("_", "-")
         words += [_word(option)] if value is True else [_word(option), _word(value)]
     return (
         "The weights come out equal to the byte where torch, BLAS and the kind of processor are "
         f"those named above.\n\n{block('sh', ' '.join(words))}"
     )
+
+
+def _options(recipe: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """Yield what a recipe says beside adapters, weights and method, in the command line's words."""
+    for name, value in recipe.items():
+        if name in _QUIET or value is None or value is False or value == {}:
+            continue
+        numbers = value.items() if isinstance(value, Mapping) else ()
+        yield str(name), ",".join(f"{key}={number}" for key, number in numbers) or value
 
 
 def _fits_a_line(recipe: Mapping[str, Any]) -> bool:
