@@ -8,9 +8,10 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from streammerge.catalog import METHODS, SPACES
+from streammerge.catalog import SPACES
 from streammerge.cli.program import section
 from streammerge.recipe import COMPUTE_DTYPES, EXTRAS, FORMATS, MAJORITY_SIGNS, OUTPUT_DTYPES
+from streammerge.registry import METHODS
 
 OUTPUT = "Output"
 RUN = "Run"
@@ -36,6 +37,28 @@ class Word(click.ParamType[Any]):
     ) -> list[CompletionItem[str]]:
         """Return the words that begin so."""
         return [CompletionItem(word) for word in self.words if word.startswith(incomplete)]
+
+
+class MethodName(Word):
+    """A method's name. What other distributions bring is looked for when it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(name="NAME")
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem[str]]:
+        """Return the names that begin so."""
+        return Word(*METHODS).shell_complete(ctx, param, incomplete)
+
+
+class MethodOption(click.Option):
+    """The option of a method, whose help names them all."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return the option and its help."""
+        self.help = f"`streammerge methods` lists them: {', '.join(METHODS)}."
+        return super().get_help_record(ctx)
 
 
 class Numbers(click.ParamType[tuple[float, ...]]):
@@ -104,8 +127,6 @@ class Scaling(Word):
 
 _RANK = Word("energy:0.95", "error:0.1", name="R|energy:E[,max:R]|error:X[,max:R]")
 
-_METHOD_HELP = "`streammerge methods` lists them: " + ", ".join(METHODS) + "."
-
 _COMPUTE_DTYPE = click.option(
     "--compute-dtype",
     type=Word(*COMPUTE_DTYPES),
@@ -115,13 +136,7 @@ _COMPUTE_DTYPE = click.option(
 )
 
 _RULE = (
-    click.option(
-        "--method",
-        type=Word(*METHODS, name="NAME"),
-        default="svd",
-        show_default=True,
-        help=_METHOD_HELP,
-    ),
+    click.option("--method", cls=MethodOption, type=MethodName(), default="svd", show_default=True),
     click.option(
         "--weights",
         type=Numbers(),

@@ -10,11 +10,12 @@ from typing import Protocol
 
 import torch
 
-from streammerge.catalog import RULES, Sparsity
+from streammerge.catalog import Sparsity
 from streammerge.draw import Drawer
 from streammerge.kernels.each import Here, Over, Pool
 from streammerge.kernels.thresholds import Band, Cut, Stream, find_band, find_threshold
-from streammerge.rules import FUNCTIONS, Tile
+from streammerge.registry import RULES
+from streammerge.rules import Tile, function_of
 from streammerge.tiling import sample_step
 
 TileAt = Callable[[int, torch.Tensor], torch.Tensor]
@@ -103,19 +104,18 @@ class MergedTiles:
         start, stop = self._operands.spans[t]
         with self._workspaces.lend() as space:
             space.stack = None
-            return FUNCTIONS[options.rule](
-                Tile(
-                    tensors=lambda: self._go_over(space, t, "none"),
-                    largest=lambda: self._go_over(space, t, "largest"),
-                    middle=lambda: self._go_over(space, t, "middle"),
-                    random=lambda: self._go_over(space, t, "random"),
-                    weights=self._operands.weights,
-                    majority_sign=options.majority_sign,
-                    parameters=options.parameters,
-                    out=out[: stop - start],
-                    spare=lambda k: space.spare(k)[: stop - start],
-                )
+            tile = Tile(
+                tensors=lambda: self._go_over(space, t, "none"),
+                largest=lambda: self._go_over(space, t, "largest"),
+                middle=lambda: self._go_over(space, t, "middle"),
+                random=lambda: self._go_over(space, t, "random"),
+                weights=self._operands.weights,
+                majority_sign=options.majority_sign,
+                parameters=options.parameters,
+                out=out[: stop - start],
+                spare=lambda k: space.spare(k)[: stop - start],
             )
+            return _in_place(function_of(options.rule)(tile), tile.out)
 
     def stream(self, i: int) -> Stream:
         """Return tensor `i` for the search of its threshold."""
@@ -173,6 +173,16 @@ class MergedTiles:
         key, (start, stop) = self._operands.keys[i], self._operands.spans[t]
         mask = space.drawer.mask(key, start, density, out=space.mask[: stop - start])
         return x.mul_(mask).div_(density)
+
+
+def _in_place(answer: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Return a rule's answer, which has to lie where it was told to put it.
+
+    Any other tensor may be one of those that the next tile is made in.
+    """
+    if answer is not out and (answer.data_ptr(), answer.shape) != (out.data_ptr(), out.shape):
+        raise TypeError("the answer is not in tile.out")
+    return answer
 
 
 class _Workspace:

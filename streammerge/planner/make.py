@@ -17,7 +17,7 @@ from streammerge.adapter import (
     Adapter,
 )
 from streammerge.budget import ON_CPU, Budget, Device
-from streammerge.catalog import METHODS, RULES, SPACES, RuleSpec, SpaceSpec
+from streammerge.catalog import SPACES, RuleSpec, SpaceSpec
 from streammerge.errors import RecipeError
 from streammerge.planner.align import Alignment, align, check_shapes, gather
 from streammerge.planner.checks import (
@@ -40,6 +40,7 @@ from streammerge.planner.sources import resolve, weights_by_name, with_extras
 from streammerge.plans import Plan
 from streammerge.ranks import RankPolicy
 from streammerge.recipe import Recipe
+from streammerge.registry import METHODS, RULES, origin, problems
 
 
 def make_plan(
@@ -113,6 +114,7 @@ def make_plan(
     return Plan(
         recipe=recipe.to_dict(),
         rule=rule.name,
+        rule_origin=origin(rule.name),
         space=space.name,
         parameters=parameters,
         dtype=dtype,
@@ -143,12 +145,7 @@ def resolve_method(recipe: Recipe) -> tuple[RuleSpec, SpaceSpec]:
     """
     method = METHODS.get(recipe.method)
     if method is None:
-        close = difflib.get_close_matches(str(recipe.method), METHODS, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise RecipeError(
-            f"unknown method {recipe.method!r}{hint}; there are {', '.join(METHODS)}",
-            option="method",
-        )
+        raise _no_method(recipe.method)
     space = SPACES.get(recipe.space or method.space)
     if space is None:
         raise RecipeError(
@@ -162,6 +159,20 @@ def resolve_method(recipe: Recipe) -> tuple[RuleSpec, SpaceSpec]:
         )
     _check_options(recipe, rule, space)
     return rule, space
+
+
+def _no_method(name: str) -> RecipeError:
+    """Return what says that a method is not there, or why it cannot be used."""
+    broken = problems()
+    for one in broken:
+        if name in one.methods:
+            return RecipeError(f"method {name}: {one}", option="method")
+    close = difflib.get_close_matches(str(name), METHODS, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    there = f"unknown method {name!r}{hint}; there are {', '.join(METHODS)}"
+    # What these would have been called is not known.
+    perhaps = [f"; {one}" for one in broken if one.declaration is None]
+    return RecipeError("".join([there, *perhaps]), option="method")
 
 
 def resolve_parameters(recipe: Recipe, rule: RuleSpec, space: SpaceSpec) -> dict[str, float]:
