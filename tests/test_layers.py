@@ -28,7 +28,7 @@ LAYERS = (
     {"finish"},
     {"run", "verification", "preparation", "consolidation"},
     {"publishing"},
-    {"measuring", "reporting"},
+    {"measuring", "comparing", "reporting"},
     {"api", "extend"},
     {"cli"},
 )
@@ -36,7 +36,7 @@ HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 
 INIT = "__init__"
 # What is public: the calls, the errors, and the two types that the calls return.
-INIT_MAY_IMPORT = {"api", "measuring", "reporting", "errors", "adapter", "plans"}
+INIT_MAY_IMPORT = {"api", "comparing", "measuring", "reporting", "errors", "adapter", "plans"}
 STANDARD_LIBRARY_ONLY = {"errors", *LAYERS[1]}
 # Reading headers, planning and showing help are pure arithmetic and text.
 WITHOUT_TORCH = {INIT, "cli", "readers", "output", "consolidation", "publishing"}.union(*LAYERS[:5])

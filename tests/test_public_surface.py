@@ -18,11 +18,13 @@ from streammerge import errors, extend
 
 PUBLIC = [
     "Adapter",
+    "Comparison",
     "Measured",
     "MergeResult",
     "Plan",
     "Report",
     "StreammergeError",
+    "compare",
     "compress",
     "consolidate",
     "measure",
@@ -34,6 +36,7 @@ PUBLIC = [
     "verify",
 ]
 COMMANDS = {
+    "compare",
     "completion",
     "compress",
     "consolidate",

@@ -30,7 +30,6 @@ from streammerge.output.space import find_scratch
 from streammerge.output.writer import sync_file
 from streammerge.plans import OutputFile, Plan, Task
 from streammerge.registry import origin
-from streammerge.rules import load_rule
 from streammerge.worker import (
     Job,
     Lanes,
@@ -40,6 +39,7 @@ from streammerge.worker import (
     give_back,
     measure_process,
     one_thread_each,
+    rule_problem,
     run_task,
     warm_up,
 )
@@ -111,15 +111,6 @@ def describe(device: str, max_vram: int | None, rule: str) -> WorkerFacts:
         fingerprints={name: fingerprint(name) for name in (CPU, found.name)},
         device=found,
     )
-
-
-def rule_problem(rule: str) -> str | None:
-    """Return why a rule cannot be used here; None if it can."""
-    try:
-        load_rule(rule)
-    except RecipeError as error:
-        return str(error)
-    return None
 
 
 def other_rule(

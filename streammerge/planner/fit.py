@@ -10,7 +10,13 @@ from streammerge.catalog import RuleSpec
 from streammerge.errors import BudgetError
 from streammerge.planner.cost import arithmetic, prefers_scratch
 from streammerge.planner.hold import Draft, hold, least
-from streammerge.planner.memory import project, project_fetched, project_host, project_team
+from streammerge.planner.memory import (
+    project,
+    project_beside,
+    project_fetched,
+    project_host,
+    project_team,
+)
 from streammerge.plans import EXTRA_ROUTES, Region, Task
 from streammerge.tiling import factor_groups, flat_tiles, gram_blocks, panels, row_tiles
 
@@ -89,7 +95,7 @@ def _on_host(draft: Draft, rule: RuleSpec, limits: Limits) -> int:
         held = least(draft, rule)
     else:
         held = project_host(draft.shape)
-    return held + project_fetched(draft.shape)
+    return held + project_beside(draft.shape)
 
 
 def _host_room(limits: Limits) -> int:
@@ -196,7 +202,7 @@ def plan_task(
     room = limits.room if alone else limits.room // limits.together
     team = _team(draft, rule, limits)
     travelling = project_team(shape, course) if team > 1 else 0
-    travelling += project_fetched(shape)
+    travelling += project_beside(shape)
     if not limits.on_device:
         room -= travelling
     lanes = _lanes(draft, rule, limits, room, team) if alone else 1

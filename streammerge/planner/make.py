@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -33,6 +34,7 @@ from streammerge.planner.fit import fit, plan_task
 from streammerge.planner.formats import check_image_extras, image_config, output_format
 from streammerge.planner.hold import Draft
 from streammerge.planner.layout import Pair, lay_out
+from streammerge.planner.memory import project_compared
 from streammerge.planner.output_config import output_config
 from streammerge.planner.routes import COORDINATES, Shape, choose_course
 from streammerge.planner.scaling import scalings
@@ -53,6 +55,7 @@ def make_plan(
     io: str = "mmap",
     scratch: str | None = None,
     stream: bool = False,
+    compared: bool = False,
 ) -> Plan:
     """Plan a merge from the manifests alone.
 
@@ -65,6 +68,7 @@ def make_plan(
         io: how inputs are read.
         scratch: directory for tiles that do not fit into memory.
         stream: whether files on the Hub are read from there while the tasks run.
+        compared: whether pairs are kept and measured instead of being written.
 
     Raises:
         RefusedError: a subclass of it says why the merge cannot be done.
@@ -84,6 +88,8 @@ def make_plan(
     dtype = output_dtype(adapters, alignment, recipe.dtype)
     stored = STORED_NAMES[dtype]
     shapes = _shapes(adapters, alignment, recipe, (rule, space), dtype, stream=stream)
+    if compared:
+        shapes = (replace(shape, kept=project_compared(shape)) for shape in shapes)
     drafts = [
         Draft(group, shape, choose_course(rule, space, shape))
         for group, shape in zip(alignment.groups, shapes, strict=True)
@@ -143,6 +149,41 @@ def resolve_method(recipe: Recipe) -> tuple[RuleSpec, SpaceSpec]:
     Raises:
         RecipeError: an unknown method or space, a missing option, or one that does not fit.
     """
+    rule, space = _named(recipe)
+    if space.name not in rule.spaces:
+        raise RecipeError(
+            f"{rule.name} does not go with space {space.name}, but with {', '.join(rule.spaces)}",
+            option="space",
+        )
+    _check_options(recipe, rule, space)
+    return rule, space
+
+
+def fitted(recipe: Recipe) -> Recipe:
+    """Return a recipe without the options that do not go with its rule and space.
+
+    Raises:
+        RecipeError: an unknown method or space.
+    """
+    rule, space = _named(recipe)
+    known = {parameter.name for parameter in (*rule.parameters, *space.parameters)}
+    return replace(
+        recipe,
+        density=recipe.density if rule.needs_density else None,
+        normalize=recipe.normalize and not rule.elects,
+        majority_sign=recipe.majority_sign if rule.elects else "total",
+        rank=recipe.rank if space.truncates else None,
+        clamp=recipe.clamp if space.truncates else None,
+        parameters=tuple(given for given in recipe.parameters if given[0] in known),
+    )
+
+
+def _named(recipe: Recipe) -> tuple[RuleSpec, SpaceSpec]:
+    """Return the rule and the space that a recipe names, whatever its other options say.
+
+    Raises:
+        RecipeError: an unknown method or space.
+    """
     method = METHODS.get(recipe.method)
     if method is None:
         raise _no_method(recipe.method)
@@ -151,14 +192,7 @@ def resolve_method(recipe: Recipe) -> tuple[RuleSpec, SpaceSpec]:
         raise RecipeError(
             f"unknown space {recipe.space!r}; there are {', '.join(SPACES)}", option="space"
         )
-    rule = RULES[method.rule]
-    if space.name not in rule.spaces:
-        raise RecipeError(
-            f"{rule.name} does not go with space {space.name}, but with {', '.join(rule.spaces)}",
-            option="space",
-        )
-    _check_options(recipe, rule, space)
-    return rule, space
+    return RULES[method.rule], space
 
 
 def _no_method(name: str) -> RecipeError:

@@ -249,6 +249,15 @@ def measure_process(*rules: str) -> int:
     return round_process(resident_bytes())
 
 
+def rule_problem(rule: str) -> str | None:
+    """Return why a rule cannot be used here; None if it can."""
+    try:
+        load_rule(rule)
+    except RecipeError as error:
+        return str(error)
+    return None
+
+
 @cache
 def warm_up() -> None:
     """Set up the process for tasks and make the first calls, once."""
