@@ -19,8 +19,8 @@ from safetensors.numpy import load_file
 import streammerge
 from capped import MIB, run_cli
 from making import CONFIG, PREFIX, WEIGHTS, Layer, embedding, linear, write_adapter
-from names import chosen
-from streammerge import errors
+from names import chosen, rule_of
+from streammerge import errors, events
 from streammerge.budget import Budget
 from streammerge.cli import main
 from streammerge.comparing import ComparedMethod, Comparison
@@ -42,6 +42,9 @@ METHODS = (
     "ties_svd",
     "dare_linear_svd",
     "breadcrumbs",
+    "model_stock",
+    "karcher",
+    "tsv",
     "ties@core",
     "dare_ties@knots",
 )
@@ -98,7 +101,7 @@ def test_against_dense_formulas_on_what_merge_writes(dtype: str, tmp_path: Path)
     assert found.norms == pytest.approx([norm([d for d, _ in each.values()]) for each in own])
     for name in METHODS:
         one, out = compared(found, name), tmp_path / name
-        density = None if name in ("svd", "cat", "linear") else 0.3
+        density = 0.3 if rule_of(name).needs_density else None
         result = streammerge.merge(sources, out, density=density, **chosen(name), **options)
         merged = pairs_of(out, dtype)
         for i, deltas in enumerate(own):
@@ -210,6 +213,20 @@ def test_what_is_not_said_is_that_of_all_inputs(tmp_path: Path) -> None:
 
 def seed_for(target: str, layers: dict[str, Layer]) -> int:
     return next(s for s in range(100) if sample_targets(list(layers), 1, s) == [target])
+
+
+@pytest.mark.parametrize("rank", ["energy:0.6,max:12", "error:0.5,max:3"])
+def test_ranks_by_policy_are_those_of_a_merge(rank: str, tmp_path: Path) -> None:
+    sources = make(tmp_path)
+    found = streammerge.compare(sources, methods=["svd", "ties_svd"], density=0.3, rank=rank)
+    for one in found.methods:
+        density = 0.3 if rule_of(one.method).needs_density else None
+        out = tmp_path / one.method
+        asked: dict[str, Any] = {"method": one.method, "density": density, "rank": rank}
+        result = streammerge.merge(sources, out, on_event=events.ignore, **asked)
+        assert [module.rank for module in one.modules] == [each.rank for each in result.modules]
+        merged = pairs_of(out, "float32")
+        assert one.norm == pytest.approx(norm([*merged.values()]), rel=1e-9)
 
 
 def test_the_same_twice(tmp_path: Path) -> None:
@@ -352,7 +369,7 @@ def test_what_cannot_be_done_is_listed_with_its_reason(tmp_path: Path) -> None:
     assert list(reasons) == ["ties_svd", "ties@exact", "linear"]
     assert "needs a density" in reasons["ties_svd"]
     assert "needs equal ranks" in reasons["linear"]
-    assert "only a weighted sum has an exact pair" in reasons["ties@exact"]
+    assert "ties does not go with space exact" in reasons["ties@exact"]
 
 
 def test_ranks_that_differ_outside_of_the_sample_are_seen(tmp_path: Path) -> None:
