@@ -533,4 +533,5 @@ def test_nothing_in_the_package_goes_past_the_registry() -> None:
 
 
 def test_the_catalog_and_the_functions_agree() -> None:
-    assert rules.FUNCTIONS.keys() == catalog.RULES.keys()
+    tables = rules.FUNCTIONS | rules.COEFFICIENTS | rules.SPECTRAL
+    assert tables.keys() == catalog.RULES.keys()
