@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         push,
         verify,
     )
+    from streammerge.comparing import Comparison, compare
     from streammerge.errors import StreammergeError
     from streammerge.measuring import Measured, measure
     from streammerge.plans import Plan
@@ -28,11 +29,13 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Adapter": "streammerge.adapter",
+    "Comparison": "streammerge.comparing",
     "Measured": "streammerge.measuring",
     "MergeResult": "streammerge.api",
     "Plan": "streammerge.plans",
     "Report": "streammerge.reporting",
     "StreammergeError": "streammerge.errors",
+    "compare": "streammerge.comparing",
     "compress": "streammerge.api",
     "consolidate": "streammerge.api",
     "measure": "streammerge.measuring",
@@ -46,11 +49,13 @@ _HOME = {
 
 __all__ = [
     "Adapter",
+    "Comparison",
     "Measured",
     "MergeResult",
     "Plan",
     "Report",
     "StreammergeError",
+    "compare",
     "compress",
     "consolidate",
     "measure",

@@ -23,6 +23,7 @@ StreammergeError
 │   ├── NonFiniteError           NaN or infinity in an input tensor
 │   ├── UnlikeExtrasError    tensors that are no factors and no numbers to average differ
 │   ├── ComputeOverflowError     a target's values leave the range of the compute dtype
+│   ├── BroughtRuleError         a rule that another distribution brings has failed
 │   ├── OutputOverflowError      a merged value does not fit the output's dtype
 │   ├── ClampError               the clamp's quantile is negative on this target
 │   ├── MemoryExhaustedError     an allocation failed although the plan fitted the budget
@@ -382,6 +383,22 @@ class ComputeOverflowError(MergeFailedError, OverflowError):
             f"{target}: the merge leaves the range of {dtype} on the way to its factors; weights, "
             "scalings or factors are extremely large. Check them, or use compute dtype float64"
         )
+        self.target = target
+
+
+class BroughtRuleError(MergeFailedError):
+    """A rule that another distribution brings has failed; the cause says how.
+
+    Attributes:
+        rule: its name.
+        origin: the distribution, and its version.
+        target: the module's path.
+    """
+
+    def __init__(self, why: str, *, rule: str, origin: str, target: str) -> None:
+        super().__init__(f"rule {rule} of {origin} has failed on {target}: {why}")
+        self.rule = rule
+        self.origin = origin
         self.target = target
 
 

@@ -18,6 +18,7 @@ def card(
     rows: Sequence[Sequence[str]],
     *,
     more: int,
+    of: str = "targets",
 ) -> str:
     """Return HTML of bounded size in which all text is escaped; it brings no style of its own.
 
@@ -27,6 +28,7 @@ def card(
         header: of the table.
         rows: of the table, a few.
         more: how many others there are.
+        of: what the rows are.
     """
     listed = "".join(_row([name, value], "td") for name, value in facts)
     shown = "".join(_row(row, "td") for row in rows)
@@ -34,7 +36,7 @@ def card(
     table = f"<table><thead>{_row(header, 'th')}</thead><tbody>{shown}</tbody></table>"
     return (
         f"<div><strong>{_safe(title)}</strong><table><tbody>{listed}</tbody></table>"
-        f"<details><summary>targets</summary>{table}{rest}</details></div>"
+        f"<details><summary>{_safe(of)}</summary>{table}{rest}</details></div>"
     )
 
 

@@ -221,6 +221,8 @@ class Plan:
     """What the process takes by itself: interpreter, libraries, threads."""
     concurrency: int
     """Threads: as many tasks are in flight at once, or lanes of one."""
+    rule_origin: str | None = None
+    """The distribution that brings the rule, and its version; None of streammerge's own."""
     format: str = "peft"
     """Of the output: "peft" or "diffusers"."""
     device: str = CPU
@@ -240,6 +242,12 @@ class Plan:
     late: bool = False
     """Whether ranks are only known from the work: those here, and bytes, regions and files, are
     the largest that there may be."""
+
+    @property
+    def method(self) -> str:
+        """How adapters become one, for people."""
+        brought = f" of {self.rule_origin}" if self.rule_origin else ""
+        return f"{self.recipe['method']}: rule {self.rule}{brought}, space {self.space}"
 
     @property
     def usual_rank(self) -> int:
@@ -311,7 +319,7 @@ class Plan:
         tasks = sorted(self.tasks, key=lambda task: (-task.projected_bytes, task.target))
         at_most = "at most " * self.late
         facts = [
-            ("method", f"{self.recipe['method']}: rule {self.rule}, space {self.space}"),
+            ("method", self.method),
             ("adapters", f"{len(self.recipe['adapters']):,}"),
             ("targets", f"{len(tasks):,}"),
             ("reads", format_size(self.read_bytes)),

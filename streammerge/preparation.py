@@ -91,16 +91,18 @@ def prepare(
     """
     if io not in IO_WAYS:
         raise RecipeError(f"io must be one of {', '.join(IO_WAYS)}, not {io!r}", option="io")
-    resolve_method(recipe)
+    rule, _ = resolve_method(recipe)
     vram = None if max_vram is None else parse_size(max_vram, option="max_vram")
     threads = _threads(workers, cluster)
     memory = None if max_memory is None else parse_size(max_memory, option="max_memory")
     manifests = read_adapters(recipe.adapters, NameTable(), store=not stream)
     place = find_scratch(scratch, output)
     if cluster is None:
-        budget, found = _own_budget(memory, threads, device, vram)
+        budget, found = own_budget(memory, threads, device, vram, [rule.name])
     else:
-        budget, found = cluster.survey(memory, device, vram, mixed_hardware=mixed_hardware)
+        budget, found = cluster.survey(
+            memory, device, vram, rule.name, mixed_hardware=mixed_hardware
+        )
     size = 1 if cluster is None else cluster.size
 
     def plan_on(where: Device) -> Plan:
@@ -213,17 +215,32 @@ def _threads(workers: int | None, cluster: Cluster | None) -> int:
     return asked
 
 
-def _own_budget(
-    max_memory: int | None, threads: int, device: str, max_vram: int | None
+def own_budget(
+    max_memory: int | None,
+    threads: int,
+    device: str,
+    max_vram: int | None,
+    rules: Sequence[str],
 ) -> tuple[Budget, Device]:
-    """Return what this process may take, and where it computes."""
+    """Return what this process may take, and where it computes.
+
+    Args:
+        max_memory: in bytes; what the machine grants, with headroom, when None.
+        threads: tasks at once.
+        device: as torch spells it.
+        max_vram: of the device, in bytes; what is free when None.
+        rules: whose functions will be needed.
+
+    Raises:
+        RecipeError: there is no such device, or a function cannot be loaded.
+    """
     allowed, origin = allow(max_memory)
     # torch is loaded to measure what the process takes with it, once all that can be refused
     # without it is; an inspection does without.
     from streammerge.worker import find_device, measure_process  # noqa: PLC0415
 
     found = find_device(device, max_vram)
-    return Budget(allowed, origin, measure_process(), threads), found
+    return Budget(allowed, origin, measure_process(*rules), threads), found
 
 
 def open_cluster(scheduler: Any) -> AbstractContextManager[Cluster | None]:

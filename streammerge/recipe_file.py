@@ -15,11 +15,11 @@ from typing import Any
 
 import yaml
 
-from streammerge.catalog import PARAMETERS
 from streammerge.errors import RecipeError, RecipeFileError, shorten
 from streammerge.files import read_whole
 from streammerge.ranks import RankPolicy
 from streammerge.recipe import Recipe, make_rank
+from streammerge.registry import PARAMETERS
 from streammerge.schedule import Value, as_json, make_value, otherwise, scaled
 
 MAX_BYTES = 4_000_000
@@ -51,7 +51,7 @@ _NAMES = {str: "a text", int: "an integer", float: "a number", bool: "true or fa
 
 _KEYS = ("merge_method", "models", "parameters", "dtype", "out_dtype", "output", *_OPTIONS)
 _MODEL_KEYS = ("model", "parameters")
-_PARAMETERS = ("weight", "density", "normalize", "lambda", *PARAMETERS)
+_PARAMETERS = ("weight", "density", "normalize", "lambda")
 _MODEL_PARAMETERS = ("weight", "density")
 
 _FOREIGN = {
@@ -157,7 +157,7 @@ class _File:
         for key in ("merge_method", "models"):
             if key not in root:
                 raise self._error(f"{key} is missing")
-        parameters = self._parameters(root.get("parameters"), _PARAMETERS)
+        parameters = self._parameters(root.get("parameters"), (*_PARAMETERS, *PARAMETERS))
         models = [self._model(node) for node in self._sequence(root["models"], "models")]
         options: dict[str, Any] = {
             "method": self._typed(root["merge_method"], "merge_method", _TEXT),
@@ -307,7 +307,7 @@ class _File:
     ) -> RecipeFileError:
         if key in _FOREIGN:
             return self._error(f"{key} does not go with adapters: {_FOREIGN[key]}", node)
-        everywhere = {*_KEYS, *_MODEL_KEYS, *_PARAMETERS}
+        everywhere = {*_KEYS, *_MODEL_KEYS, *_PARAMETERS, *PARAMETERS}
         if key in everywhere:
             return self._error(f"{key} does not belong into {what}, where {_listed(keys)} do", node)
         close = difflib.get_close_matches(key, keys, n=1)

@@ -25,6 +25,7 @@ def identity(
     return {
         "streammerge": metadata.version("streammerge"),
         "recipe": plan.recipe,
+        "rule_origin": plan.rule_origin,
         "fingerprint": fingerprint,
         "inputs": {path: facts for adapter in adapters for path, facts in _files(adapter)},
         "commits": {a.path: a.origin.commit for a in adapters if a.origin is not None},
@@ -81,6 +82,9 @@ def check_same(
 def _changes(before: dict[str, Any], now: dict[str, Any], *, mixed_hardware: bool) -> Iterator[str]:
     if before["streammerge"] != now["streammerge"]:
         yield f"it was begun by streammerge {before['streammerge']}; this is {now['streammerge']}"
+    was, now_is = (side.get("rule_origin") for side in (before, now))  # early journals have none
+    if was != now_is:
+        yield f"its rule was of {was or 'streammerge'}, and is of {now_is or 'streammerge'}"
     for option in sorted({*before["recipe"], *now["recipe"]}):
         was, now_is = (_as_json(side["recipe"].get(option)) for side in (before, now))
         if was != now_is:

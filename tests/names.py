@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from streammerge.catalog import METHODS, RULES, RuleSpec
+from streammerge.catalog import RuleSpec
+from streammerge.registry import METHODS, RULES
 
 IN_BASES = (
     "ties@core",

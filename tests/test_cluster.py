@@ -27,12 +27,12 @@ from names import chosen, most, rule_of
 from streammerge import errors, events
 from streammerge.adapter import NameTable, TensorFile
 from streammerge.budget import GIB, MIB, ON_CPU, Grant, granted_by_slurm
-from streammerge.catalog import METHODS
 from streammerge.cli import main
 from streammerge.executors.remote import Gate, WorkerFacts, look
 from streammerge.executors.workers import common_budget
 from streammerge.planner.part import take_part
 from streammerge.readers import read_adapters
+from streammerge.registry import METHODS
 
 SAME = (WEIGHTS, CONFIG, "streammerge.json", "streammerge_config.yml")
 REAL = tuple(
@@ -424,6 +424,8 @@ def facts(number: int, *, host: str, **environ: str) -> WorkerFacts:
         address=f"tcp://{number}",
         host=host,
         version="1",
+        rule_origin=None,
+        rule_problem=None,
         threads=1,
         limit_bytes=6 * GIB,
         granted=(

@@ -357,6 +357,7 @@ def follow(page: Path, folder: Path) -> None:
     """Do to a copy of the package and its tests what a page says."""
     for block in blocks_of(page):
         if block.file:
+            (folder / block.file).parent.mkdir(parents=True, exist_ok=True)
             (folder / block.file).write_text(block.text)
         elif block.into or block.instead:
             path, _, place = (block.into or block.instead or "").partition(" ")
@@ -384,12 +385,12 @@ def test_a_rule_and_a_format_are_added_as_the_pages_say(tmp_path: Path) -> None:
     copy_package(tmp_path)
     follow(DOCS / "add-a-rule.md", tmp_path)
     follow(DOCS / "add-a-format.md", tmp_path)
-    same_bytes = "tests/test_same_bytes.py::test_same_bytes[normal-strongest]"
+    same_bytes = "tests/test_same_bytes.py::test_same_bytes[normal-average]"
     kept = "tests/test_plans.py::test_a_budget_decides_what_is_kept_and_nothing_else"
     layers = "tests/test_layers.py::test_every_import_goes_down"
     shown = run_tests(
         tmp_path,
-        *("tests/test_strongest.py", "tests/test_plain.py"),
-        *(layers, same_bytes, f"{kept}[strongest_svd]"),
+        "tests/test_plain.py",
+        *(layers, same_bytes, f"{kept}[average_svd]"),
     )
-    assert "5 passed" in shown
+    assert "4 passed" in shown

@@ -392,7 +392,7 @@ class TestStream:
     @pytest.fixture
     def small_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What this process holds by itself does not grow with the tests that it has run."""
-        monkeypatch.setattr("streammerge.worker.measure_process", lambda: 256 * 2**20)
+        monkeypatch.setattr("streammerge.worker.measure_process", lambda *_: 256 * 2**20)
 
     @pytest.mark.usefixtures("small_process")
     @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ LAYERS = (
     {"errors"},
     {"budget", "notebook", "tiling", "regular", "files", "schedule", "ranks"},
     {"catalog", "plans", "recipe", "adapter", "events", "patterns"},
+    {"registry"},
     {"planner", "hub"},
     {"readers", "output", "rules", "spaces", "lowrank", "select", "draw", "recipe_file"},
     {"kernels"},
@@ -27,18 +28,18 @@ LAYERS = (
     {"finish"},
     {"run", "verification", "preparation", "consolidation"},
     {"publishing"},
-    {"measuring", "reporting"},
-    {"api"},
+    {"measuring", "comparing", "reporting"},
+    {"api", "extend"},
     {"cli"},
 )
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 
 INIT = "__init__"
 # What is public: the calls, the errors, and the two types that the calls return.
-INIT_MAY_IMPORT = {"api", "measuring", "reporting", "errors", "adapter", "plans"}
+INIT_MAY_IMPORT = {"api", "comparing", "measuring", "reporting", "errors", "adapter", "plans"}
 STANDARD_LIBRARY_ONLY = {"errors", *LAYERS[1]}
 # Reading headers, planning and showing help are pure arithmetic and text.
-WITHOUT_TORCH = {INIT, "cli", "readers", "output", "consolidation", "publishing"}.union(*LAYERS[:4])
+WITHOUT_TORCH = {INIT, "cli", "readers", "output", "consolidation", "publishing"}.union(*LAYERS[:5])
 # Files of torch.save are read by torch, and by nobody else, when there is such a file to read.
 READS_BY_TORCH = "readers/torch_file.py"
 IMPORTS_TORCH = {"torch", "safetensors.torch", "peft", "transformers"}

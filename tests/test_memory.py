@@ -15,26 +15,19 @@ from capped import MIB, run_cli, task_peaks
 from dialects import pairs, write_mlx
 from making import PREFIX, Layer, embedding, encode, linear, write_adapter
 from names import chosen, rule_of
-from streammerge import draw, errors
+from streammerge import catalog, draw, errors, registry
 from streammerge.budget import Budget, granted_by_machine, parse_size
 from streammerge.kernels.thresholds import PANEL_GATHERED
 from streammerge.planner import memory
 from streammerge.tiling import PANELS
 
 WEIGHTS = "adapter_model.safetensors"
+BROUGHT = tuple(name for name in registry.METHODS if name not in catalog.METHODS)
+"""By other distributions that are installed."""
 METHODS = (
-    "linear",
-    "cat",
-    "svd",
-    "ties",
-    "dare_ties",
-    "ties_svd",
-    "dare_linear_svd",
-    "karcher",
-    "consensus",
-    "della",
-    "della_linear",
-    "sce",
+    *("linear", "cat", "svd", "ties", "dare_ties", "ties_svd", "dare_linear_svd", "karcher"),
+    *("consensus", "della", "della_linear", "sce"),
+    *BROUGHT,
 )
 
 

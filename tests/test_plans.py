@@ -29,11 +29,12 @@ from streammerge.adapter import (
     TensorFile,
 )
 from streammerge.budget import Budget, format_size, parse_size
-from streammerge.catalog import METHODS, RULES, SPACES
+from streammerge.catalog import SPACES
 from streammerge.errors import BudgetError, RecipeError
 from streammerge.planner import make_plan
 from streammerge.plans import Plan, Region
 from streammerge.recipe import Recipe
+from streammerge.registry import METHODS, RULES
 from streammerge.tiling import (
     GROUP_ELEMENTS,
     MIN_TILE_ROWS,

@@ -14,15 +14,17 @@ import pytest
 
 import streammerge
 from clocks import processor_seconds
-from streammerge import errors
+from streammerge import errors, extend
 
 PUBLIC = [
     "Adapter",
+    "Comparison",
     "Measured",
     "MergeResult",
     "Plan",
     "Report",
     "StreammergeError",
+    "compare",
     "compress",
     "consolidate",
     "measure",
@@ -34,6 +36,7 @@ PUBLIC = [
     "verify",
 ]
 COMMANDS = {
+    "compare",
     "completion",
     "compress",
     "consolidate",
@@ -121,6 +124,34 @@ class TestNames:
             *("adapters", "method", "weights", "density", "parameters", "normalize", "space"),
             *("majority_sign", "clamp", "seed", "strict_base", "push", "private"),
         }
+
+
+class TestExtend:
+    def test_what_the_author_of_a_rule_needs(self) -> None:
+        assert extend.__all__ == ["Declaration", "Method", "Parameter", "RuleSpec", "Tile"]
+        assert dir(extend) == extend.__all__
+        for name in extend.__all__:
+            found = getattr(extend, name)
+            assert found.__name__ == name
+            assert found.__doc__
+            assert not found.__doc__.startswith(f"{name}("), "a dataclass without a docstring"
+
+    def test_a_declaration_needs_nothing_heavy(self) -> None:
+        assert loaded_by("from streammerge.extend import Declaration, Method, RuleSpec") == set()
+
+    def test_an_unknown_name_is_an_attribute_error(self) -> None:
+        with pytest.raises(AttributeError, match="no attribute 'Tiles'"):
+            extend.Tiles  # noqa: B018  # the access is the test
+
+    def test_help_does_not_look_for_entry_points(self) -> None:
+        source = (
+            "import sys\n"
+            "from streammerge.cli import main\n"
+            "try: main(['--help'])\n"
+            "except SystemExit as stop: assert not stop.code, stop.code\n"
+            "print()\nprint('importlib.metadata' in sys.modules)"
+        )
+        assert python(source).splitlines()[-1] == "False"
 
 
 class TestErrors:

@@ -33,7 +33,6 @@ from names import IN_BASES, chosen, most, rule_of
 from streammerge import events
 from streammerge.adapter import Adapter, NameTable
 from streammerge.budget import Budget
-from streammerge.catalog import METHODS
 from streammerge.errors import BudgetError, RecipeError
 from streammerge.output.space import find_scratch
 from streammerge.output.staging import Staging
@@ -42,6 +41,7 @@ from streammerge.planner.memory import PAGE_BYTES
 from streammerge.plans import Plan
 from streammerge.readers import read_adapter
 from streammerge.recipe import Recipe
+from streammerge.registry import METHODS
 from streammerge.run import run_plan
 from streammerge.tiling import flat_tiles, row_tiles
 from streammerge.worker.factors import FactorReader

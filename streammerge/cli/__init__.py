@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from streammerge.cli.compare import compare
 from streammerge.cli.completion import completion
 from streammerge.cli.compress import compress
 from streammerge.cli.consolidate import consolidate
@@ -41,7 +42,7 @@ def main() -> None:
 
 
 for command in (
-    *(merge, run, plan, compress, inspect, verify, report, methods, consolidate, push),
-    completion,
+    *(merge, run, plan, compare, compress, inspect, verify, report, methods),
+    *(consolidate, push, completion),
 ):
     main.add_command(command)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from streammerge.catalog import METHODS, RULES, SPACES, Parameter, SpaceSpec
-from streammerge.cli.console import facts, say, say_json, table
+from streammerge.catalog import SPACES, Parameter, SpaceSpec
+from streammerge.cli.console import facts, note, say, say_json, table
+from streammerge.registry import METHODS, RULES, origin, problems
 
 EXAMPLES = """\b
 Examples:
@@ -20,7 +21,8 @@ def methods(as_json: bool) -> None:
     """List the methods: rule, space, what they need.
 
     A rule says how several tensors become one, a space what it is applied to: the factors A and B
-    on their own, or the deltas that they make.
+    on their own, or the deltas that they make. Rules that other installed distributions bring are
+    among them; those of them that cannot be used are noted.
     """
     rows: list[tuple[object, ...]] = []
     for method in METHODS.values():
@@ -30,9 +32,11 @@ def methods(as_json: bool) -> None:
         rows.append(
             (method.name, rule.name, space.name, ", ".join(needs) or "-", rule.summary, rule.source)
         )
+    for broken in problems():
+        note(broken)
     header = ("method", "rule", "space", "needs", "what the rule does", "source")
     if as_json:
-        say_json([dict(zip(header, row, strict=True)) | _parameters(str(row[0])) for row in rows])
+        say_json([dict(zip(header, row, strict=True)) | _more(str(row[0])) for row in rows])
         return
     say(*table(rows, header), "")
     about: list[tuple[str, object]] = [
@@ -44,6 +48,11 @@ def methods(as_json: bool) -> None:
             (f"{one.name} ({owner}):", f"{one.about}; {one.default:g} unless --parameters say so")
             for one in parameters
         ]
+    about += [
+        (f"rule {rule}:", f"of {origin(rule)}, not of streammerge")
+        for rule in RULES
+        if origin(rule)
+    ]
     say(*facts(about))
 
 
@@ -55,11 +64,15 @@ def _owners() -> list[tuple[str, tuple[Parameter, ...]]]:
     ]
 
 
-def _parameters(name: str) -> dict[str, dict[str, float]]:
-    """Return what a method's parameters are when they are not given, for machines."""
+def _more(name: str) -> dict[str, object]:
+    """Return what else machines are told of a method: its parameters when they are not given, and
+    the distribution that brings its rule."""
     method = METHODS[name]
     takes = (*RULES[method.rule].parameters, *SPACES[method.space].parameters)
-    return {"parameters": {one.name: one.default for one in takes}}
+    return {
+        "parameters": {one.name: one.default for one in takes},
+        "distribution": origin(method.rule),
+    }
 
 
 def _about(space: SpaceSpec) -> str:

@@ -8,9 +8,10 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from streammerge.catalog import METHODS, SPACES
+from streammerge.catalog import SPACES
 from streammerge.cli.program import section
 from streammerge.recipe import COMPUTE_DTYPES, EXTRAS, FORMATS, MAJORITY_SIGNS, OUTPUT_DTYPES
+from streammerge.registry import METHODS
 
 OUTPUT = "Output"
 RUN = "Run"
@@ -36,6 +37,55 @@ class Word(click.ParamType[Any]):
     ) -> list[CompletionItem[str]]:
         """Return the words that begin so."""
         return [CompletionItem(word) for word in self.words if word.startswith(incomplete)]
+
+
+class MethodName(Word):
+    """A method's name. What other distributions bring is looked for when it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(name="NAME")
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem[str]]:
+        """Return the names that begin so."""
+        return Word(*METHODS).shell_complete(ctx, param, incomplete)
+
+
+class Names(click.ParamType[tuple[str, ...]]):
+    """Names of methods with commas between them."""
+
+    name = "NAME,NAME,…"
+
+    def convert(
+        self,
+        value: Any,
+        param: click.Parameter | None,  # noqa: ARG002  # click's signature
+        ctx: click.Context | None,  # noqa: ARG002  # click's signature
+    ) -> tuple[str, ...]:
+        """Return the names."""
+        return tuple(name.strip() for name in str(value).split(",") if name.strip())
+
+    def shell_complete(
+        self,
+        ctx: click.Context,  # noqa: ARG002  # click's signature
+        param: click.Parameter,  # noqa: ARG002  # click's signature
+        incomplete: str,
+    ) -> list[CompletionItem[str]]:
+        """Return the lists that begin so, with one more name."""
+        before, comma, last = incomplete.rpartition(",")
+        return [
+            CompletionItem(f"{before}{comma}{name}") for name in METHODS if name.startswith(last)
+        ]
+
+
+class MethodOption(click.Option):
+    """The option of a method, whose help names them all."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return the option and its help."""
+        self.help = f"`streammerge methods` lists them: {', '.join(METHODS)}."
+        return super().get_help_record(ctx)
 
 
 class Numbers(click.ParamType[tuple[float, ...]]):
@@ -104,8 +154,6 @@ class Scaling(Word):
 
 _RANK = Word("energy:0.95", "error:0.1", name="R|energy:E[,max:R]|error:X[,max:R]")
 
-_METHOD_HELP = "`streammerge methods` lists them: " + ", ".join(METHODS) + "."
-
 _COMPUTE_DTYPE = click.option(
     "--compute-dtype",
     type=Word(*COMPUTE_DTYPES),
@@ -114,14 +162,11 @@ _COMPUTE_DTYPE = click.option(
     help="Of the arithmetic; float64 is slower, to check with.",
 )
 
+_METHOD = (
+    click.option("--method", cls=MethodOption, type=MethodName(), default="svd", show_default=True),
+)
+
 _RULE = (
-    click.option(
-        "--method",
-        type=Word(*METHODS, name="NAME"),
-        default="svd",
-        show_default=True,
-        help=_METHOD_HELP,
-    ),
     click.option(
         "--weights",
         type=Numbers(),
@@ -176,9 +221,21 @@ _RULE = (
     _COMPUTE_DTYPE,
 )
 
-_INPUTS = (
+_CHOICE = (
     click.option("--include", metavar="RE", help="Merge only modules in whose name RE is found."),
     click.option("--exclude", metavar="RE", help="Leave out modules in whose name RE is found."),
+)
+
+_SCALING = (
+    click.option(
+        "--scaling",
+        type=Scaling("config", "tensor", name="config|tensor|VALUE"),
+        help="Where a config does not explain a tensor's rank: alpha over the config's rank, "
+        "over the tensor's, or this number.",
+    ),
+)
+
+_INPUTS = (
     click.option(
         "--extras",
         type=Word(*EXTRAS),
@@ -187,12 +244,7 @@ _INPUTS = (
         help="What to do about tensors that are not LoRA factors (heads, biases): refuse them, "
         "leave them out, take the first adapter's, or average them by the weights.",
     ),
-    click.option(
-        "--scaling",
-        type=Scaling("config", "tensor", name="config|tensor|VALUE"),
-        help="Where a config does not explain a tensor's rank: alpha over the config's rank, "
-        "over the tensor's, or this number.",
-    ),
+    *_SCALING,
     click.option(
         "--base-model", metavar="ID", help="Named by the output, instead of what the adapters name."
     ),
@@ -202,13 +254,17 @@ _INPUTS_TOGETHER = (
     click.option("--strict-base", is_flag=True, help="Refuse adapters of different base models."),
 )
 
-_MACHINE = (
+_MEMORY = (
     click.option(
         "--max-memory",
         metavar="SIZE",
         help="For the whole process, like 512MiB; on a cluster, for each worker's.  "
         "[default: what the machine grants]",
     ),
+)
+
+_MACHINE = (
+    *_MEMORY,
     click.option(
         "--workers",
         type=int,
@@ -256,7 +312,7 @@ _MACHINE = (
     ),
 )
 
-_OUTPUT = (
+_DTYPE = (
     click.option(
         "--dtype",
         type=Word(*OUTPUT_DTYPES, name="NAME"),
@@ -264,6 +320,10 @@ _OUTPUT = (
         show_default=True,
         help="float32, float16, bfloat16 or float64; auto: the widest of the inputs.",
     ),
+)
+
+_OUTPUT = (
+    *_DTYPE,
     click.option(
         "--format",
         type=Word(*FORMATS),
@@ -285,12 +345,38 @@ _OVERWRITE = (
 _RUN = (click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),)
 
 _SECTIONS = {
-    "What to make": _RULE,
-    "What to take": (*_INPUTS, *_INPUTS_TOGETHER),
+    "What to make": (*_METHOD, *_RULE),
+    "What to take": (*_CHOICE, *_INPUTS, *_INPUTS_TOGETHER),
     "Memory and machine": _MACHINE,
     OUTPUT: (*_OUTPUT, *_OVERWRITE),
     RUN: _RUN,
 }
+
+_COMPARED = {
+    "What to compare": (
+        click.option(
+            "--methods",
+            required=True,
+            type=Names(),
+            help="Names that `streammerge methods` lists, each perhaps with a space of its own: "
+            "svd,ties_svd,ties@core.",
+        ),
+        click.option(
+            "--sample",
+            type=int,
+            metavar="K",
+            default=16,
+            show_default=True,
+            help="How many modules, evenly over kinds and depth; --seed draws others.",
+        ),
+        *_RULE,
+        *_DTYPE,
+    ),
+    "What to take": (*_CHOICE, *_SCALING),
+    "Memory and machine": _MEMORY,
+    RUN: _RUN,
+}
+"""Options of a comparison; what of them does not go with a method is left out for it."""
 
 _HERE = {"Memory and machine": _MACHINE, OUTPUT: _OVERWRITE, RUN: _RUN}
 """What a recipe does not decide."""
@@ -299,6 +385,13 @@ _HERE = {"Memory and machine": _MACHINE, OUTPUT: _OVERWRITE, RUN: _RUN}
 def merge_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the adapters and all shared options to a command."""
     for title, options in reversed(_SECTIONS.items()):
+        command = section(title, *options)(command)
+    return click.argument("adapters", nargs=-1, required=True, type=click.Path())(command)
+
+
+def compare_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the adapters and the options of a comparison to a command."""
+    for title, options in reversed(_COMPARED.items()):
         command = section(title, *options)(command)
     return click.argument("adapters", nargs=-1, required=True, type=click.Path())(command)
 
@@ -319,7 +412,7 @@ def compress_options(command: Callable[..., None]) -> Callable[..., None]:
         help="Of all modules; or of each the smallest that keeps the share E of the energy, or has "
         "at most the relative error X.",
     )
-    own = {"What to make": (rank, _COMPUTE_DTYPE), "What to take": _INPUTS}
+    own = {"What to make": (rank, _COMPUTE_DTYPE), "What to take": (*_CHOICE, *_INPUTS)}
     for title, options in reversed((_SECTIONS | own).items()):
         command = section(title, *options)(command)
     return click.argument("adapter", type=click.Path())(command)

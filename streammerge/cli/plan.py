@@ -85,7 +85,7 @@ def _totals(plan: Plan) -> list[str]:
     routes = Counter(task.route for task in plan.tasks)
     at_most, policy = ("at most ", f"; {plan.recipe['rank']}") if plan.late else ("", "")
     rows: list[tuple[str, object]] = [
-        ("method", f"{plan.recipe['method']}: rule {plan.rule}, space {plan.space}"),
+        ("method", plan.method),
         ("adapters", len(plan.recipe["adapters"])),
         ("targets", len(plan.targets)),
         ("extra tensors", _extras(plan)),

@@ -95,7 +95,13 @@ class Cluster:
         return {"mixed": found}
 
     def survey(
-        self, max_memory: int | None, device: str, max_vram: int | None, *, mixed_hardware: bool
+        self,
+        max_memory: int | None,
+        device: str,
+        max_vram: int | None,
+        rule: str,
+        *,
+        mixed_hardware: bool,
     ) -> tuple[Budget, Device]:
         """Ask all workers what they are; return what each of them may take.
 
@@ -103,6 +109,7 @@ class Cluster:
             max_memory: for each worker's process, in bytes; what the smallest has when None.
             device: where tasks compute, as torch spells it.
             max_vram: of each worker's device, in bytes; what is free when None.
+            rule: that they are to apply.
             mixed_hardware: whether workers may round differently.
 
         Returns:
@@ -121,7 +128,7 @@ class Cluster:
             # end it.
             ask(self._client, pkgutil.resolve_name, "streammerge.executors.remote:describe")
             ask(self._client, tidy_worker)
-            self._workers = list(ask(self._client, describe, device, max_vram).values())
+            self._workers = list(ask(self._client, describe, device, max_vram, rule).values())
         if not self._workers:
             raise ClusterError(f"no worker has come within {workers.ANSWER_SECONDS} s")
         devices = [worker.device for worker in self._workers]
@@ -129,7 +136,7 @@ class Cluster:
         if any(found.name != least.name for found in devices):
             # Some have another accelerator, or none; the CPU is what all have.
             least = ON_CPU
-        check_alike(self._workers, least.name, mixed=self._mixed)
+        check_alike(self._workers, least.name, rule, mixed=self._mixed)
         return common_budget(self._workers, max_memory), least
 
     def check_files(self, plan: Plan, adapters: Sequence[Adapter], directory: Path) -> None:

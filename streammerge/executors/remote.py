@@ -29,6 +29,7 @@ from streammerge.output.parts import make_part
 from streammerge.output.space import find_scratch
 from streammerge.output.writer import sync_file
 from streammerge.plans import OutputFile, Plan, Task
+from streammerge.registry import origin
 from streammerge.worker import (
     Job,
     Lanes,
@@ -38,6 +39,7 @@ from streammerge.worker import (
     give_back,
     measure_process,
     one_thread_each,
+    rule_problem,
     run_task,
     warm_up,
 )
@@ -53,6 +55,10 @@ class WorkerFacts:
     address: str
     host: str
     version: str
+    rule_origin: str | None
+    """The distribution that brings the rule there, and its version; None of streammerge's own."""
+    rule_problem: str | None
+    """Why the rule cannot be used there."""
     threads: int
     limit_bytes: int | None
     """What it may take of the memory limit beyond which dask stops it; None where it has none."""
@@ -77,29 +83,52 @@ class Terms:
     """What decides the rounding of results; None if any will do."""
 
 
-def describe(device: str, max_vram: int | None) -> WorkerFacts:
+def describe(device: str, max_vram: int | None, rule: str) -> WorkerFacts:
     """Return what the worker is that this runs on.
 
     Args:
         device: where tasks are to compute, as torch spells it.
         max_vram: in bytes; what is free on the device, with headroom, when None.
+        rule: that tasks are to apply.
 
     Raises:
         RecipeError: it has no such device.
     """
     worker = get_worker()
+    problem = rule_problem(rule)
     found = find_device(device, max_vram)
     return WorkerFacts(
         address=worker.address,
         host=platform.node(),
         version=metadata.version("streammerge"),
+        rule_origin=origin(rule),
+        rule_problem=problem,
         threads=worker.state.nthreads,
         limit_bytes=_limit(worker),
         granted=tuple(granted_by_machine()),
-        process_bytes=measure_process(),
+        # One that lacks the rule is refused, whatever it holds.
+        process_bytes=0 if problem else measure_process(rule),
         fingerprints={name: fingerprint(name) for name in (CPU, found.name)},
         device=found,
     )
+
+
+def other_rule(
+    rule: str, expected: str | None, found: str | None, problem: str | None
+) -> str | None:
+    """Return why a worker cannot apply a rule as the others do; None if it can.
+
+    Args:
+        rule: its name.
+        expected: the distribution that is to bring it, and its version.
+        found: that which brings it there.
+        problem: why it cannot be used there.
+    """
+    if found == expected:
+        return problem
+    if found is None:
+        return f"lacks {expected}, which brings the rule {rule} ({problem})"
+    return f"has the rule {rule} of {found}, not of {expected or 'streammerge'}"
 
 
 def look(
@@ -233,6 +262,9 @@ def _misfit(worker: Worker, plan: Plan, terms: Terms) -> str | None:
     """Return why a worker must not run tasks of a plan."""
     if metadata.version("streammerge") != terms.version:
         return f"has streammerge {metadata.version('streammerge')}, the others {terms.version}"
+    problem = other_rule(plan.rule, plan.rule_origin, origin(plan.rule), rule_problem(plan.rule))
+    if problem is not None:
+        return problem
     found, limit = fingerprint(plan.device), _limit(worker)
     if terms.fingerprint not in (None, found):
         return f"computes with {found}, the others with {terms.fingerprint}; see mixed_hardware"

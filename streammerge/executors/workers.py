@@ -16,7 +16,8 @@ from distributed.scheduler import KilledWorker, NoValidWorkerError, NoWorkerErro
 
 from streammerge.budget import HEADROOM, Budget, format_size
 from streammerge.errors import ClusterError, StreammergeError, WorkerError
-from streammerge.executors.remote import WorkerFacts
+from streammerge.executors.remote import WorkerFacts, other_rule
+from streammerge.registry import origin
 
 VERSION = metadata.version("streammerge")
 
@@ -115,12 +116,13 @@ def check_scheduler(client: Client) -> None:
         raise ClusterError(f"the scheduler has streammerge {version}, not {VERSION}")
 
 
-def check_alike(workers: Sequence[WorkerFacts], device: str, *, mixed: bool) -> None:
-    """Check that workers have this version and, unless they may be mixed, round alike.
+def check_alike(workers: Sequence[WorkerFacts], device: str, rule: str, *, mixed: bool) -> None:
+    """Check that workers have this version and rule and, unless they may be mixed, round alike.
 
     Args:
         workers: all of them.
         device: where they are to compute.
+        rule: that they are to apply.
         mixed: whether they may round differently.
 
     Raises:
@@ -133,6 +135,9 @@ def check_alike(workers: Sequence[WorkerFacts], device: str, *, mixed: bool) -> 
             raise ClusterError(
                 f"has streammerge {worker.version}, not {VERSION}", worker=worker.address
             )
+        problem = other_rule(rule, origin(rule), worker.rule_origin, worker.rule_problem)
+        if problem is not None:
+            raise ClusterError(problem, worker=worker.address)
         found = worker.fingerprints[device]
         if not mixed and found != expected:
             raise ClusterError(

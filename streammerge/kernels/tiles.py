@@ -8,7 +8,7 @@ from functools import cached_property, partial
 
 import torch
 
-from streammerge.catalog import RULES, Sparsity
+from streammerge.catalog import Sparsity
 from streammerge.draw import Drawer
 from streammerge.kernels.each import Here, Over, Pool
 from streammerge.kernels.ranks import drop_ranked_, rank_odds
@@ -21,7 +21,8 @@ from streammerge.kernels.thresholds import (
     find_band,
     find_threshold,
 )
-from streammerge.rules import FUNCTIONS, Tile
+from streammerge.registry import RULES
+from streammerge.rules import Tile, function_of
 from streammerge.tiling import sample_step
 
 TileAt = Callable[[int, torch.Tensor], torch.Tensor]
@@ -126,22 +127,21 @@ class MergedTiles:
         with self._workspaces.lend() as space:
             space.stack = None
             varied = self._select(space, t, chosen.cut) if chosen else "none"
-            return FUNCTIONS[options.rule](
-                Tile(
-                    tensors=lambda: self._go_over(space, t, "none"),
-                    largest=lambda: self._go_over(space, t, "largest"),
-                    middle=lambda: self._go_over(space, t, "middle"),
-                    random=lambda: self._go_over(space, t, "random"),
-                    ranked=lambda: self._go_over(space, t, "ranked"),
-                    varied=lambda: self._go_over(space, t, varied),
-                    shares=chosen.shares if chosen else (),
-                    weights=self._operands.weights,
-                    majority_sign=options.majority_sign,
-                    parameters=options.parameters,
-                    out=out[: stop - start],
-                    spare=lambda k: space.spare(k)[: stop - start],
-                )
+            tile = Tile(
+                tensors=lambda: self._go_over(space, t, "none"),
+                largest=lambda: self._go_over(space, t, "largest"),
+                middle=lambda: self._go_over(space, t, "middle"),
+                random=lambda: self._go_over(space, t, "random"),
+                ranked=lambda: self._go_over(space, t, "ranked"),
+                varied=lambda: self._go_over(space, t, varied),
+                shares=chosen.shares if chosen else (),
+                weights=self._operands.weights,
+                majority_sign=options.majority_sign,
+                parameters=options.parameters,
+                out=out[: stop - start],
+                spare=lambda k: space.spare(k)[: stop - start],
             )
+            return _in_place(function_of(options.rule)(tile), tile.out)
 
     def stream(self, i: int) -> Stream:
         """Return tensor `i` for the search of its threshold."""
@@ -264,6 +264,16 @@ class MergedTiles:
         odds = rank_odds(operands.width, operands.densities[i], epsilon, x)
         key, start = operands.keys[i], operands.spans[t][0]
         return drop_ranked_(x, odds, space.drawer, key, start, mask=space.mask[: len(x)])
+
+
+def _in_place(answer: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Return a rule's answer, which has to lie where it was told to put it.
+
+    Any other tensor may be one of those that the next tile is made in.
+    """
+    if answer is not out and (answer.data_ptr(), answer.shape) != (out.data_ptr(), out.shape):
+        raise TypeError("the answer is not in tile.out")
+    return answer
 
 
 class _Workspace:

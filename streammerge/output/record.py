@@ -72,6 +72,7 @@ def write_record(
         **facts,
         "recipe": plan.recipe,
         "rule": plan.rule,
+        "rule_origin": plan.rule_origin,
         "space": plan.space,
         "dtype": plan.dtype,
         "files": [

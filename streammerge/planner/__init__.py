@@ -1,5 +1,5 @@
 """Pure arithmetic from manifests, a recipe and a budget to a plan: no torch, no files."""
 
-from streammerge.planner.make import make_plan, resolve_method
+from streammerge.planner.make import fitted, make_plan, resolve_method
 
-__all__ = ["make_plan", "resolve_method"]
+__all__ = ["fitted", "make_plan", "resolve_method"]

@@ -13,6 +13,7 @@ from streammerge.planner.hold import Draft, hold, least
 from streammerge.planner.memory import (
     factor_tiles,
     project,
+    project_beside,
     project_fetched,
     project_host,
     project_team,
@@ -95,7 +96,7 @@ def _on_host(draft: Draft, rule: RuleSpec, limits: Limits) -> int:
         held = least(draft, rule)
     else:
         held = project_host(draft.shape)
-    return held + project_fetched(draft.shape)
+    return held + project_beside(draft.shape)
 
 
 def _host_room(limits: Limits) -> int:
@@ -202,7 +203,7 @@ def plan_task(
     room = limits.room if alone else limits.room // limits.together
     team = _team(draft, rule, limits)
     travelling = project_team(shape, course) if team > 1 else 0
-    travelling += project_fetched(shape)
+    travelling += project_beside(shape)
     if not limits.on_device:
         room -= travelling
     lanes = _lanes(draft, rule, limits, room, team) if alone else 1

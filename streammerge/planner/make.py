@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from streammerge.adapter import (
     Adapter,
 )
 from streammerge.budget import ON_CPU, Budget, Device
-from streammerge.catalog import METHODS, RULES, SPACES, RuleSpec, SpaceSpec
+from streammerge.catalog import SPACES, RuleSpec, SpaceSpec
 from streammerge.errors import RecipeError
 from streammerge.planner.align import Alignment, align, check_shapes, gather
 from streammerge.planner.checks import (
@@ -34,6 +35,7 @@ from streammerge.planner.fit import fit, plan_task
 from streammerge.planner.formats import check_image_extras, image_config, output_format
 from streammerge.planner.hold import Draft
 from streammerge.planner.layout import Pair, lay_out
+from streammerge.planner.memory import project_compared
 from streammerge.planner.output_config import output_config
 from streammerge.planner.routes import COORDINATES, Shape, choose_course
 from streammerge.planner.scaling import scalings
@@ -41,6 +43,7 @@ from streammerge.planner.sources import resolve, weights_by_name, with_extras
 from streammerge.plans import Plan
 from streammerge.ranks import RankPolicy
 from streammerge.recipe import Recipe
+from streammerge.registry import METHODS, RULES, origin, problems
 
 
 def make_plan(
@@ -53,6 +56,7 @@ def make_plan(
     io: str = "mmap",
     scratch: str | None = None,
     stream: bool = False,
+    compared: bool = False,
 ) -> Plan:
     """Plan a merge from the manifests alone.
 
@@ -65,6 +69,7 @@ def make_plan(
         io: how inputs are read.
         scratch: directory for tiles that do not fit into memory.
         stream: whether files on the Hub are read from there while the tasks run.
+        compared: whether pairs are kept and measured instead of being written.
 
     Raises:
         RefusedError: a subclass of it says why the merge cannot be done.
@@ -85,6 +90,8 @@ def make_plan(
     dtype = output_dtype(adapters, alignment, recipe.dtype)
     stored = STORED_NAMES[dtype]
     shapes = _shapes(adapters, alignment, recipe, (rule, space), dtype, stream=stream)
+    if compared:
+        shapes = (replace(shape, kept=project_compared(shape)) for shape in shapes)
     drafts = [
         Draft(group, shape, choose_course(rule, space, shape))
         for group, shape in zip(alignment.groups, shapes, strict=True)
@@ -115,6 +122,7 @@ def make_plan(
     return Plan(
         recipe=recipe.to_dict(),
         rule=rule.name,
+        rule_origin=origin(rule.name),
         space=space.name,
         parameters=parameters,
         dtype=dtype,
@@ -143,20 +151,7 @@ def resolve_method(recipe: Recipe) -> tuple[RuleSpec, SpaceSpec]:
     Raises:
         RecipeError: an unknown method or space, a missing option, or one that does not fit.
     """
-    method = METHODS.get(recipe.method)
-    if method is None:
-        close = difflib.get_close_matches(str(recipe.method), METHODS, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise RecipeError(
-            f"unknown method {recipe.method!r}{hint}; there are {', '.join(METHODS)}",
-            option="method",
-        )
-    space = SPACES.get(recipe.space or method.space)
-    if space is None:
-        raise RecipeError(
-            f"unknown space {recipe.space!r}; there are {', '.join(SPACES)}", option="space"
-        )
-    rule = RULES[method.rule]
+    rule, space = _named(recipe)
     if space.name not in rule.spaces:
         raise RecipeError(
             f"{rule.name} does not go with space {space.name}, but with {', '.join(rule.spaces)}",
@@ -164,6 +159,56 @@ def resolve_method(recipe: Recipe) -> tuple[RuleSpec, SpaceSpec]:
         )
     _check_options(recipe, rule, space)
     return rule, space
+
+
+def fitted(recipe: Recipe) -> Recipe:
+    """Return a recipe without the options that do not go with its rule and space.
+
+    Raises:
+        RecipeError: an unknown method or space.
+    """
+    rule, space = _named(recipe)
+    known = {parameter.name for parameter in (*rule.parameters, *space.parameters)}
+    return replace(
+        recipe,
+        density=recipe.density if rule.needs_density else None,
+        normalize=recipe.normalize and not rule.elects,
+        majority_sign=recipe.majority_sign if rule.elects else "total",
+        rank=recipe.rank if space.truncates else None,
+        clamp=recipe.clamp if space.truncates else None,
+        parameters=tuple(given for given in recipe.parameters if given[0] in known),
+    )
+
+
+def _named(recipe: Recipe) -> tuple[RuleSpec, SpaceSpec]:
+    """Return the rule and the space that a recipe names, whatever its other options say.
+
+    Raises:
+        RecipeError: an unknown method or space.
+    """
+    method = METHODS.get(recipe.method)
+    if method is None:
+        raise _no_method(recipe.method)
+    space = SPACES.get(recipe.space or method.space)
+    if space is None:
+        raise RecipeError(
+            f"unknown space {recipe.space!r}; there are {', '.join(SPACES)}", option="space"
+        )
+    return RULES[method.rule], space
+
+
+def _no_method(name: str) -> RecipeError:
+    """Return what says that a method is not there, or why it cannot be used."""
+    broken = problems()
+    for one in broken:
+        if name in one.methods:
+            return RecipeError(f"method {name}: {one}", option="method")
+    close = difflib.get_close_matches(str(name), METHODS, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    there = f"unknown method {name!r}{hint}; there are {', '.join(METHODS)}"
+    # What these would have been called is not known.
+    perhaps = [f"; {one}" for one in broken if one.declaration is None]
+    return RecipeError("".join([there, *perhaps]), option="method")
 
 
 def resolve_parameters(recipe: Recipe, rule: RuleSpec, space: SpaceSpec) -> dict[str, float]:

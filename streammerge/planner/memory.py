@@ -138,6 +138,26 @@ def project_fetched(shape: Shape) -> int:
     return shape.fetched + CONNECTIONS_BYTES if shape.fetched else 0
 
 
+def project_beside(shape: Shape) -> int:
+    """Return what is held beside a task's own buffers as long as it runs."""
+    return project_fetched(shape) + shape.kept
+
+
+def project_compared(shape: Shape) -> int:
+    """Return what a comparison holds of a target beside the task of a method.
+
+    All factors as they are stored, each from a page on; the pair, as it is written; and what the
+    pair is measured in: four tiles, and Gram matrices of the pair's rank and of a source's, in
+    float64.
+    """
+    widest = max(shape.rank, *shape.ranks)
+    stored = shape.source_bytes + 2 * len(shape.ranks) * 2 * PAGE_BYTES
+    pair = shape.rank * (shape.m + shape.n) * shape.out_item
+    tile = max(TILE_ELEMENTS, shape.n, widest) * DOUBLE
+    grams = 3 * shape.rank**2 + 5 * widest * max(shape.ranks)
+    return stored + pair + 4 * tile + grams * DOUBLE + turned_bytes(shape)
+
+
 def joined_tile_bytes(shape: Shape) -> int:
     """Bytes of a tile of B's side by side as it is written, and of the widest part of it."""
     each = shape.item + shape.stored_item + shape.out_item

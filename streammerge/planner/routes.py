@@ -74,6 +74,8 @@ class Shape:
     """Bytes of a number in the output."""
     fetched: int = 0
     """Bytes of its sources that are fetched from the Hub and held while the task runs."""
+    kept: int = 0
+    """Bytes that are held beside the task: 0 but where methods are compared."""
     turned: bool = False
     """Whether a source's factors are stored transposed."""
 

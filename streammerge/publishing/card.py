@@ -155,7 +155,8 @@ def _how(record: Mapping[str, Any], config: Mapping[str, Any] | None) -> Iterato
     recipe = record.get("recipe", {})
     if recipe:
         rule, space = code(record.get("rule", "")), code(record.get("space", ""))
-        yield f"- method: {code(recipe['method'])} (rule {rule}, space {space})"
+        brought = f" of {code(record['rule_origin'])}" if record.get("rule_origin") else ""
+        yield f"- method: {code(recipe['method'])} (rule {rule}{brought}, space {space})"
     if config is not None:
         ranks = sorted(set((config.get("rank_pattern") or {}).values()))
         others = f"; elsewhere {code(ranks[0])} to {code(ranks[-1])}" if ranks else ""

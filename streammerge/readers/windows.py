@@ -123,6 +123,19 @@ def pread(files: OpenFiles) -> Window:
     return window
 
 
+def read_span(files: OpenFiles, span: Span) -> Bytes:
+    """Return bytes of a file, read into memory of their own.
+
+    Raises:
+        InputChangedError: the file is not the one whose header was read.
+        InputUnreadableError: it cannot be read.
+    """
+    read = _aligned(span.nbytes)
+    with files.descriptor(span.file) as descriptor:
+        _fill(descriptor, span.file, memoryview(read.data), span.offset)
+    return read
+
+
 def held(spans: Sequence[Span], blocks: Sequence[Bytes], others: Window) -> Window:
     """Return windows into bytes that are here already, and those of `others` for the rest.
 

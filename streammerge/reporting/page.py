@@ -313,6 +313,8 @@ def _origin(material: Material) -> Iterator[str]:
         ("output dtype", record.get("dtype")),
         ("streammerge", record.get("streammerge")),
     ]
+    if record.get("rule_origin"):
+        facts.append(("rule of", record["rule_origin"]))
     if isinstance(fingerprint, dict):
         facts += [
             (str(name), value if isinstance(value, str) else json.dumps(value))

@@ -1,16 +1,21 @@
 """Rules: how N tensors become one. One file and one pure function each, registered below.
 
 What a rule is called, needs and costs stands in the catalog under the same name. The kinds differ
-in what they see: a tile of all tensors, the deltas' inner products, or their singular triples.
+in what they see: a tile of all tensors, the deltas' inner products, or their singular triples. The
+functions of rules that other distributions bring are loaded when they are first asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 
+from streammerge.errors import RecipeError
+from streammerge.registry import origin, place, problems
 from streammerge.rules.breadcrumbs import breadcrumbs
 from streammerge.rules.consensus import consensus
 from streammerge.rules.dare_linear import dare_linear
@@ -65,4 +70,55 @@ COEFFICIENTS: dict[str, Coefficients] = {
 
 SPECTRAL: dict[str, Spectral] = {"iso_c": iso_c, "iso_cts": iso_cts, "tsv": tsv}
 
-__all__ = ["COEFFICIENTS", "FUNCTIONS", "SPECTRAL", "Inner", "Rule", "Spectrum", "Tile"]
+
+@cache
+def function_of(rule: str) -> Rule:
+    """Return an element-wise rule's function.
+
+    Raises:
+        RecipeError: it is of another distribution, and cannot be loaded.
+    """
+    if rule in FUNCTIONS:
+        return FUNCTIONS[rule]
+    where = place(rule)
+    if where is None:
+        broken = [str(one) for one in problems() if one.rule == rule]
+        why = "; ".join(broken) or f"the rule {rule} is not installed here"
+        raise RecipeError(why, option="method")
+    try:
+        found: Rule = resolve_name(where)
+    except Exception as error:  # whatever the module of somebody else raises
+        why = f"cannot be loaded ({type(error).__name__}: {error})"
+        raise _unusable(rule, where, why) from error
+    if not callable(found):
+        raise _unusable(rule, where, f"is no function, but {type(found).__name__}")
+    return found
+
+
+def load_rule(rule: str) -> None:
+    """Load a rule's function now, where another distribution brings it.
+
+    Raises:
+        RecipeError: it cannot be loaded.
+    """
+    if rule not in FUNCTIONS | COEFFICIENTS | SPECTRAL:
+        function_of(rule)
+
+
+def _unusable(rule: str, where: str, why: str) -> RecipeError:
+    return RecipeError(
+        f"rule {rule} of {origin(rule)}: its function {where} {why}", option="method"
+    )
+
+
+__all__ = [
+    "COEFFICIENTS",
+    "FUNCTIONS",
+    "SPECTRAL",
+    "Inner",
+    "Rule",
+    "Spectrum",
+    "Tile",
+    "function_of",
+    "load_rule",
+]

@@ -1,5 +1,7 @@
 """The worker: the one place that holds bytes and maths together, and that touches a device."""
 
+from streammerge.worker.compared import MeasuredPair, measure_pair
+from streammerge.worker.factors import held_window
 from streammerge.worker.job import (
     Job,
     TaskStoppedError,
@@ -8,6 +10,7 @@ from streammerge.worker.job import (
     give_back,
     measure_process,
     one_thread_each,
+    rule_problem,
     warm_up,
 )
 from streammerge.worker.lanes import Lanes
@@ -22,6 +25,7 @@ __all__ = [
     "Errand",
     "Job",
     "Lanes",
+    "MeasuredPair",
     "Member",
     "Part",
     "Receipt",
@@ -30,9 +34,12 @@ __all__ = [
     "find_device",
     "fingerprint",
     "give_back",
+    "held_window",
+    "measure_pair",
     "measure_process",
     "one_thread_each",
     "packed",
+    "rule_problem",
     "run_task",
     "spectra_of",
     "unpacked",

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 
 from streammerge.errors import OutputOverflowError
-from streammerge.output.writer import RegionWriter
 from streammerge.worker.job import Job
 
 
-def write(job: Job, writer: RegionWriter, values: torch.Tensor) -> None:
+class Sink(Protocol):
+    """What takes a tensor's bytes from its start to its end: a region of a file, or memory."""
+
+    @property
+    def name(self) -> str:
+        """The tensor's full name."""
+
+    def shorten(self, nbytes: int) -> None:
+        """End after so many bytes of those that were planned at most."""
+
+    def append(self, data: memoryview) -> None:
+        """Take the next bytes."""
+
+
+def write(job: Job, writer: Sink, values: torch.Tensor) -> None:
     """Cast values to the output's dtype and append them to a region."""
     writer.append(bytes_of(cast_tile(job, writer.name, values)))
 

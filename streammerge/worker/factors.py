@@ -21,7 +21,7 @@ from streammerge.draw import stream_key
 from streammerge.errors import NonFiniteError
 from streammerge.hub import Span
 from streammerge.plans import Task
-from streammerge.readers.windows import Bytes, Window, held
+from streammerge.readers.windows import Bytes, Window, held, read_span
 from streammerge.tiling import TILE_ELEMENTS, flat_tiles
 from streammerge.worker.job import Job
 from streammerge.worker.transfer import Transfer
@@ -328,6 +328,26 @@ def source_checksum(target: str, scaling: float, a: FactorReader, b: FactorReade
     """Return one checksum of a source's target, scaling, A and B."""
     text = f"{target} {scaling!r} {a.checksum()} {b.checksum()}"
     return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def held_window(job: Job, task: Task) -> Window:
+    """Return what reads a task's sources out of memory, into which all of them are read now, once.
+
+    Raises:
+        TaskStoppedError: the run is over.
+        MergeFailedError: a subclass of it says what cannot be read.
+    """
+    columns, spans, blocks = job.plan.sources, [], []
+    for i in range(task.first, task.last):
+        adapter = job.adapters[int(columns.adapter[i])]
+        for side in "AB":
+            job.check()
+            factor = adapter.factor(int(columns.row[i]), side)
+            nbytes = factor.elements * STORED[factor.dtype].itemsize
+            spans.append(Span(factor.file, factor.offset, nbytes))
+            blocks.append(read_span(job.files, spans[-1]))
+    job.files.check({span.file.path: span.file for span in spans}.values())
+    return held(spans, blocks, job.window)
 
 
 def task_window(job: Job, task: Task) -> Window:

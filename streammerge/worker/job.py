@@ -24,6 +24,7 @@ from streammerge.plans import Plan, Region
 from streammerge.ranks import RankPolicy
 from streammerge.readers.windows import Bytes, OpenFiles, mapped, pread
 from streammerge.recipe import make_rank
+from streammerge.rules import load_rule
 from streammerge.spaces.bases import coordinates
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
@@ -232,14 +233,29 @@ def find_device(name: str, max_vram: int | None) -> Device:
     return Device(name, max_vram)
 
 
-def measure_process() -> int:
+def measure_process(*rules: str) -> int:
     """Load and warm up what tasks use, and return what is reserved for the process then.
 
-    BLAS and LAPACK allocate buffers of their own at their first calls.
+    BLAS and LAPACK allocate buffers of their own at their first calls, and what brings one of the
+    rules from outside may load libraries of its own.
+
+    Raises:
+        RecipeError: a rule's function cannot be loaded.
     """
+    for rule in rules:
+        load_rule(rule)
     warm_up()
     give_back()
     return round_process(resident_bytes())
+
+
+def rule_problem(rule: str) -> str | None:
+    """Return why a rule cannot be used here; None if it can."""
+    try:
+        load_rule(rule)
+    except RecipeError as error:
+        return str(error)
+    return None
 
 
 @cache

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from streammerge.catalog import RULES
 from streammerge.kernels.each import Each, Here, Over, Pool
 from streammerge.kernels.tiles import MergedTiles, Operands
+from streammerge.registry import RULES
 from streammerge.spaces.factor import factor_weights
 from streammerge.tiling import factor_rows, flat_tiles, fold_tiles, longest, sample_step
 from streammerge.worker.coefficients import with_coefficients

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
 import torch
 
-from streammerge.errors import ComputeOverflowError, MemoryExhaustedError
+from streammerge.errors import (
+    BroughtRuleError,
+    ComputeOverflowError,
+    MemoryExhaustedError,
+    StreammergeError,
+)
 from streammerge.kernels.each import Each
 from streammerge.plans import Task
 from streammerge.readers.windows import Window
 from streammerge.worker.extras import write_extra
 from streammerge.worker.factors import LINALG_ERROR, TargetSources, task_window
-from streammerge.worker.job import Job
+from streammerge.worker.job import Job, TaskStoppedError
 from streammerge.worker.receipt import Receipt
 from streammerge.worker.routes import merge_target
 from streammerge.worker.work import Team, Work, Writers
@@ -53,26 +59,19 @@ def run_task(job: Job, task: Task, each: Each = map, team: Team | None = None) -
     window = job.window if task.is_extra else task_window(job, task)
     for device, attempt in _attempts(job.device, task):
         try:
-            if task.is_extra:
-                return replace(write_extra(job, task), seconds=time.perf_counter() - began)
-            first = attempt is task
-            work = each if first else map
-            receipt = _run_on(device, job, attempt, window, each=work, team=team if first else None)
+            with told(job, task):
+                if task.is_extra:
+                    return replace(write_extra(job, task), seconds=time.perf_counter() - began)
+                first = attempt is task
+                work = each if first else map
+                receipt = _run_on(
+                    device, job, attempt, window, each=work, team=team if first else None
+                )
         except torch.OutOfMemoryError as error:
             failure = error
             if team is not None:
                 team.part()
             continue
-        except (FloatingPointError, LINALG_ERROR) as error:
-            # The inputs were checked, so these speak of what was made of them; LAPACK refuses
-            # NaN and infinity.
-            raise ComputeOverflowError(
-                target=task.target, dtype=str(job.dtype).removeprefix("torch.")
-            ) from error
-        except (MemoryError, RuntimeError) as error:
-            if not _is_exhaustion(error):
-                raise
-            raise _exhausted(task) from error
         return replace(receipt, seconds=time.perf_counter() - began)
     raise _exhausted(task) from failure
 
@@ -109,6 +108,38 @@ def _run_on(
         device=device.type,
         seconds=0.0,
     )
+
+
+@contextmanager
+def told(job: Job, task: Task) -> Iterator[None]:
+    """Say of what goes wrong in a task what it means.
+
+    Raises:
+        MergeFailedError: a subclass of it says what failed.
+        torch.OutOfMemoryError: of a device.
+    """
+    try:
+        yield
+    except (StreammergeError, TaskStoppedError, torch.OutOfMemoryError):
+        raise
+    except (FloatingPointError, LINALG_ERROR) as error:
+        # The inputs were checked, so these speak of what was made of them; LAPACK refuses NaN and
+        # infinity.
+        dtype = str(job.dtype).removeprefix("torch.")
+        raise ComputeOverflowError(target=task.target, dtype=dtype) from error
+    except Exception as error:
+        plan = job.plan
+        if _is_exhaustion(error):
+            raise _exhausted(task) from error
+        if plan.rule_origin is None or task.is_extra:
+            raise
+        # What nobody foresaw, while a rule was at work that is another distribution's.
+        raise BroughtRuleError(
+            f"{type(error).__name__}: {error}",
+            rule=plan.rule,
+            origin=plan.rule_origin,
+            target=task.target,
+        ) from error
 
 
 def watched(job: Job, each: Each) -> Each:

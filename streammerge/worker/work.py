@@ -11,9 +11,9 @@ import torch
 from streammerge.draw import stream_key
 from streammerge.kernels.each import Each, Here, Over
 from streammerge.kernels.tiles import RuleOptions
-from streammerge.output.writer import RegionWriter
 from streammerge.plans import Task
 from streammerge.spaces.exact import stack_weights
+from streammerge.worker.encode import Sink
 from streammerge.worker.factors import TargetSources
 from streammerge.worker.job import Job
 
@@ -37,8 +37,8 @@ class Team(Protocol):
 class Writers:
     """Where a target's pair goes."""
 
-    a: RegionWriter
-    b: RegionWriter
+    a: Sink
+    b: Sink
 
 
 @dataclass(frozen=True)
