@@ -30,7 +30,7 @@ from streammerge.adapter import NameTable
 from streammerge.budget import Budget
 from streammerge.kernels.census import Question, Standing, Tally, take_census
 from streammerge.output.staging import MARK_NAME, journal_path, staging_path
-from streammerge.planner import make_plan
+from streammerge.planner import fit, make_plan
 from streammerge.plans import Plan
 from streammerge.readers import read_adapters
 from streammerge.recipe import Recipe
@@ -370,21 +370,30 @@ def test_same_bytes(
 @pytest.fixture(scope="module", params=[1, 2])
 def cluster(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
+) -> Iterator[tuple[str, int]]:
     with cluster_of(tmp_path_factory.mktemp("cluster") / "it", request.param) as found:
-        yield found.address
+        yield found.address, request.param
 
 
 @pytest.mark.parametrize("kind", ["normal", "equals"])
-def test_same_bytes_on_a_cluster(kind: str, cluster: str, saved: Saved, tmp_path: Path) -> None:
-    paths = saved(kind)
+def test_same_bytes_on_a_cluster(
+    kind: str,
+    cluster: tuple[str, int],
+    saved: Saved,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two workers, that also share the largest target in delta space."""
+    paths, (address, workers) = saved(kind), cluster
+    monkeypatch.setattr(fit, "PASS_WORK", 10**5)
     for case in ("ties@factor", "breadcrumbs@delta", "ties@core"):
         options = options_of(case)
         heard: list[events.Event] = []
         streammerge.merge(paths, tmp_path / f"{case}-here", **options)
-        streammerge.merge(
-            paths, tmp_path / case, scheduler=cluster, on_event=heard.append, **options
+        result = streammerge.merge(
+            paths, tmp_path / case, scheduler=address, on_event=heard.append, **options
         )
+        assert max(task.team for task in result.plan.tasks) == (workers if "delta" in case else 1)
         assert written(tmp_path / case) == written(tmp_path / f"{case}-here")
         passes = sum(isinstance(event, events.Counting) for event in heard)
         assert passes == (3 if kind == "equals" and "core" not in case else 2)
