@@ -28,6 +28,7 @@ from oracle.restated import Matrix, Source
 from streammerge import errors, events
 from streammerge.adapter import NameTable
 from streammerge.budget import Budget
+from streammerge.cli.progress import Progress
 from streammerge.kernels.census import Question, Standing, Tally, take_census
 from streammerge.output.staging import MARK_NAME, journal_path, staging_path
 from streammerge.planner import fit, make_plan
@@ -571,6 +572,22 @@ def test_nothing_is_said_of_thresholds_of_tensors(saved: Saved, tmp_path: Path) 
     record = json.loads((tmp_path / "out" / MARK_NAME).read_text())
     assert not any("pruning" in facts for facts in record["inputs"])
     assert not any(isinstance(event, events.Counting | events.Counted) for event in heard)
+
+
+def test_what_is_shown_of_passes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("streammerge.cli.progress.SECONDS_BETWEEN_LINES", 0.0)
+    with Progress(quiet=False) as progress:
+        for number in (1, 2):
+            progress(events.Counting(number, 3, targets=2, read_bytes=200))
+            progress(events.Counted("up", 50))
+        progress(events.Planned(2, read_bytes=100, write_bytes=10))
+        progress(events.TaskDone("up", 50, 5, seconds=0.1))
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first.startswith("counting, pass 1 of 3: 25% of 200 bytes")
+    assert second.startswith("counting, pass 2 of 3: 25% of 200 bytes")
+    assert third.startswith("merging: 50% of 100 bytes")
 
 
 # ---------------------------------------------------------------------------------------------
