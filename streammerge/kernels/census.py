@@ -166,8 +166,8 @@ def take_census(
                     for adapter in sorted({one.adapter for one in waiting})
                 }
             )
-            tally = count(question)
-            searched = list(_advanced(waiting, tally, dtype))
+            # No name for what was counted, or it would be held through the next pass.
+            searched = list(_advanced(waiting, count(question), dtype))
             yield searched
 
 
