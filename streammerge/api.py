@@ -118,6 +118,7 @@ def plan(
     rank: int | str | None = None,
     space: str | None = None,
     majority_sign: str = "total",
+    threshold_scope: str = "tensor",
     clamp: float | None = None,
     seed: int = 0,
     dtype: str = "auto",
@@ -161,6 +162,7 @@ def plan(
         rank=rank,
         space=space,
         majority_sign=majority_sign,
+        threshold_scope=threshold_scope,
         clamp=clamp,
         seed=seed,
         dtype=dtype,
@@ -202,6 +204,7 @@ def merge(
     rank: int | str | None = None,
     space: str | None = None,
     majority_sign: str = "total",
+    threshold_scope: str = "tensor",
     clamp: float | None = None,
     seed: int = 0,
     dtype: str = "auto",
@@ -254,6 +257,8 @@ def merge(
             it is left out, it is that, and a notice says so.
         space: "factor", "delta", "core", "knots" or "exact", instead of the method's own.
         majority_sign: "total" or "frequency", for the methods that elect a sign.
+        threshold_scope: for the methods that keep the largest: "tensor" seeks them in each tensor
+            on its own, "global" in all of an adapter's tensors in this merge together.
         clamp: quantile in (0, 1] at which truncated factors are clamped, PEFT's `svd_clamp`.
         seed: of DARE's masks and of the iteration's start.
         dtype: of the output: "float32", "float16", "bfloat16", "float64", or "auto" for the
@@ -328,6 +333,7 @@ def merge(
         rank=rank,
         space=space,
         majority_sign=majority_sign,
+        threshold_scope=threshold_scope,
         clamp=clamp,
         seed=seed,
         dtype=dtype,

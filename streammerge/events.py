@@ -40,6 +40,26 @@ class Resumed:
 
 
 @dataclass(frozen=True)
+class Counting:
+    """A pass over all targets begins, in search of thresholds over whole adapters."""
+
+    number: int
+    """From 1 on."""
+    passes: int
+    """At most so many there are."""
+    targets: int
+    read_bytes: int
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A pass has been over one target."""
+
+    target: str
+    read_bytes: int
+
+
+@dataclass(frozen=True)
 class TaskDone:
     """One target is merged and its regions are written."""
 
@@ -64,7 +84,17 @@ class Notice:
     message: str
 
 
-Event = Downloading | Downloaded | Planned | Resumed | TaskDone | Published | Notice
+Event = (
+    Downloading
+    | Downloaded
+    | Planned
+    | Resumed
+    | Counting
+    | Counted
+    | TaskDone
+    | Published
+    | Notice
+)
 OnEvent = Callable[[Event], None]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -10,6 +11,7 @@ from typing import Any
 
 from streammerge.adapter import Adapter, NameTable
 from streammerge.errors import MergeFailedError, VerificationError
+from streammerge.kernels.census import Cuts
 from streammerge.ledger import Ledger
 from streammerge.output.record import write_config, write_record
 from streammerge.output.writer import RegionReader, sync_file
@@ -73,6 +75,7 @@ def finish(
     starts: Sequence[int],
     ledger: Ledger,
     *,
+    cuts: Cuts | None,
     fingerprint: dict[str, Any],
     check: Callable[[], None],
 ) -> tuple[ModuleReport, ...]:
@@ -84,6 +87,7 @@ def finish(
         directory: of the output's files.
         starts: where each of these files' data begin.
         ledger: what the tasks left behind.
+        cuts: thresholds over whole adapters, where there are such.
         fingerprint: what decided the rounding of results.
         check: called now and then; raises when the run is to stop.
 
@@ -105,7 +109,10 @@ def finish(
     facts = {
         "streammerge": VERSION,
         "fingerprint": fingerprint,
-        "inputs": list(map(_input, manifests, ledger.inputs)),
+        "inputs": [
+            {**_input(manifest, read), **({} if cuts is None else _pruned(cuts, i))}
+            for i, (manifest, read) in enumerate(zip(manifests, ledger.inputs, strict=True))
+        ],
         "modules": {report.target: _facts(report) for report in modules},
         "extras": [asdict(module) for module in planned.extras],
     }
@@ -166,6 +173,29 @@ def _input(manifest: Adapter, read: tuple[int, str]) -> dict[str, Any]:
         "targets_used": targets,
         "xxh3": checksum,
     }
+
+
+def _pruned(cuts: Cuts, adapter: int) -> dict[str, Any]:
+    """Return where an adapter was cut over all of its targets; nothing where it has none."""
+    standings = cuts.standings.get(adapter)
+    if not standings:
+        return {}
+    (*outliers, kept) = standings
+    dropped = sum(one.keep for one in outliers)
+    facts = {
+        "threshold": _finite(kept.value(cuts.dtype)),
+        "kept": kept.keep - dropped,
+        "elements": kept.elements,
+        "share": (kept.keep - dropped) / kept.elements if kept.elements else None,
+    }
+    for one in outliers:
+        facts |= {"outliers_above": _finite(one.value(cuts.dtype)), "outliers": dropped}
+    return {"pruning": facts}
+
+
+def _finite(threshold: float) -> float | None:
+    """Return a threshold; None where none is kept, or all."""
+    return threshold if 0 <= threshold < math.inf else None
 
 
 def _report(task: Task, receipt: Receipt) -> ModuleReport:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from streammerge.kernels.census import Standing
 from streammerge.output.journal import Journal
 from streammerge.plans import Plan, Task
 from streammerge.worker import Receipt
@@ -22,14 +23,43 @@ class Ledger:
         self._done: dict[str, Receipt] = {}
         self._sums = [0] * len(plan.recipe["adapters"])
         self._counts = [0] * len(self._sums)
+        self._standings: dict[tuple[int, tuple[float, ...]], Standing] = {}
 
-    def begin(self, identity: dict[str, Any], kept: Iterable[tuple[Task, Receipt]]) -> None:
+    def begin(
+        self,
+        identity: dict[str, Any],
+        kept: Iterable[tuple[Task, Receipt]],
+        standings: Iterable[Standing] = (),
+    ) -> None:
         """Open the journal, with what an earlier run has done and is taken over.
+
+        Args:
+            identity: what the run is.
+            kept: finished targets.
+            standings: how far searches for thresholds have come, later ones behind.
 
         Raises:
             StorageError: the file system refused.
         """
-        self._journal.begin(identity, self._take_over(kept))
+        self._stand(standings)
+        counted = [one.to_dict() for one in self._standings.values()]
+        self._journal.begin(identity, self._take_over(kept), counted)
+
+    def note(self, standings: Sequence[Standing]) -> None:
+        """Take how far searches for thresholds have come in a pass.
+
+        Raises:
+            StorageError: the file system refused.
+        """
+        self._journal.note([one.to_dict() for one in standings])
+        self._stand(standings)
+
+    def standing(self, search: Standing) -> Standing:
+        """Return how far a search has come, that begins like this."""
+        return self._standings.get((search.adapter, search.shares), search)
+
+    def _stand(self, standings: Iterable[Standing]) -> None:
+        self._standings.update({(one.adapter, one.shares): one for one in standings})
 
     def record(self, task: Task, receipt: Receipt) -> None:
         """Take the receipt of a finished target.

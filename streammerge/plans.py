@@ -143,6 +143,22 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
+class Census:
+    """Passes over all targets before the tasks, which find thresholds over whole adapters."""
+
+    adapters_at_once: int
+    """Those whose elements a pass counts; there are passes for each such group."""
+    passes: int
+    """For each group, at most: one for each digit, and one for equals."""
+    read_bytes: int
+    """Of all passes, at most."""
+    flops: int
+    """Of all passes, at most."""
+    projected_bytes: int
+    """What the targets in flight hold at most together, with what is counted."""
+
+
+@dataclass(frozen=True, slots=True)
 class ExtraModule:
     """What is done with the tensors of one module that are not LoRA factors."""
 
@@ -235,6 +251,8 @@ class Plan:
     """How inputs are read: "mmap" or "pread"."""
     scratch: str | None = None
     """Directory for tiles that do not fit into memory."""
+    census: Census | None = None
+    """What finds thresholds over whole adapters; None where each tensor has its own."""
     extras: tuple[ExtraModule, ...] = ()
     """Modules of tensors that are not LoRA factors, and what is done with each."""
     notices: tuple[str, ...] = ()
@@ -267,8 +285,13 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of input tensors that the run needs."""
+        """Bytes of input tensors that the tasks need; the census reads more."""
         return sum(task.read_bytes for task in self.tasks)
+
+    @property
+    def flops(self) -> int:
+        """Operations of the whole run, about."""
+        return sum(task.flops for task in self.tasks) + (self.census.flops if self.census else 0)
 
     @property
     def write_bytes(self) -> int:
@@ -284,7 +307,9 @@ class Plan:
     def seconds(self) -> float:
         """How long it takes on ordinary cores, disks and devices: within a factor of some three."""
         moved = self.read_bytes + self.write_bytes
-        flops = sum(task.flops for task in self.tasks)
+        if self.census is not None:
+            moved += self.census.read_bytes
+        flops = self.flops
         if self.device == CPU:
             return flops / ARITHMETIC_RATE / self.concurrency + moved / DISK_RATE
         return DEVICE_START + flops / DEVICE_RATE + moved / LINK_RATE + moved / DISK_RATE
@@ -297,7 +322,8 @@ class Plan:
     @property
     def projected_bytes(self) -> int:
         """What the process holds at most: reserved, and the largest tasks in flight together."""
-        return self.reserved_bytes + self.in_flight([task.projected_bytes for task in self.tasks])
+        tasks = self.in_flight([task.projected_bytes for task in self.tasks])
+        return self.reserved_bytes + max(tasks, self.census.projected_bytes if self.census else 0)
 
     def in_flight(self, sizes: Sequence[int]) -> int:
         """Return what tasks of these sizes take at most together, as they are in flight."""
@@ -323,6 +349,11 @@ class Plan:
             ("adapters", f"{len(self.recipe['adapters']):,}"),
             ("targets", f"{len(tasks):,}"),
             ("reads", format_size(self.read_bytes)),
+            *(
+                [("reads before", f"{format_size(self.census.read_bytes)} at most, for thresholds")]
+                if self.census
+                else []
+            ),
             ("writes", f"{at_most}{format_size(self.write_bytes)}, {self.dtype}"),
             ("holds", f"{format_size(self.projected_bytes)} at most"),
             ("allowed", f"{format_size(self.allowed_bytes)}, {self.allowed_origin}"),
@@ -358,6 +389,7 @@ class Plan:
         fields["tasks"] = tuple(_task(task) for task in fields["tasks"])
         fields["files"] = tuple(OutputFile(**file) for file in fields["files"])
         fields["notices"] = tuple(fields["notices"])
+        fields["census"] = Census(**fields["census"]) if fields["census"] else None
         fields["extras"] = tuple(
             ExtraModule(
                 **{**one, "adapters": tuple(one["adapters"]), "tensors": tuple(one["tensors"])}

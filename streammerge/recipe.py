@@ -22,6 +22,7 @@ OUTPUT_DTYPES = ("auto", "float64", "float32", "float16", "bfloat16")
 FORMATS = ("auto", "peft", "diffusers")
 COMPUTE_DTYPES = ("float32", "float64")
 MAJORITY_SIGNS = ("total", "frequency")
+THRESHOLD_SCOPES = ("tensor", "global")
 EXTRAS = ("error", "drop", "first", "mean")
 
 
@@ -50,6 +51,9 @@ class Recipe:
     rank: int | RankPolicy | None = None
     """The output's rank, or what decides it; None is the largest of the inputs."""
     majority_sign: str = "total"
+    threshold_scope: str = "tensor"
+    """Over what the largest are sought: "tensor", each tensor on its own; "global", an adapter's
+    tensors in all targets of the merge together."""
     clamp: float | None = None
     """Quantile in (0, 1] at which truncated factors are clamped, as PEFT's `svd_clamp`."""
     seed: int = 0
@@ -85,6 +89,7 @@ class Recipe:
         if not _is_integer(self.seed) or not 0 <= self.seed < 2**64:
             raise RecipeError(f"seed must be in [0, 2**64), not {self.seed!r}", option="seed")
         _check_choice("majority_sign", self.majority_sign, MAJORITY_SIGNS)
+        _check_choice("threshold_scope", self.threshold_scope, THRESHOLD_SCOPES)
         _check_choice("dtype", self.dtype, OUTPUT_DTYPES)
         _check_choice("format", self.format, FORMATS)
         _check_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)

@@ -32,6 +32,7 @@ _OPTIONS: dict[str, tuple[type, ...]] = {
     "space": _TEXT,
     "seed": (int,),
     "majority_sign": _TEXT,
+    "threshold_scope": _TEXT,
     "clamp": _NUMBER,
     "compute_dtype": _TEXT,
     "extras": _TEXT,

@@ -12,6 +12,7 @@ import xxhash
 
 from streammerge.adapter import Adapter
 from streammerge.errors import ResumeError, StorageError
+from streammerge.kernels.census import Standing
 from streammerge.output.journal import Unfinished
 from streammerge.output.writer import RegionReader
 from streammerge.plans import Plan, Task
@@ -131,6 +132,12 @@ def take_back(
             receipt = Receipt.from_dict(entry)
             if _reads_back(reader, tasks[receipt.target], receipt):
                 yield tasks.pop(receipt.target), receipt
+
+
+def standings_of(unfinished: Unfinished) -> Iterator[Standing]:
+    """Yield how far searches for thresholds have come, later standings behind earlier ones."""
+    for counted in unfinished.counted():
+        yield from map(Standing.from_dict, counted)
 
 
 def _reads_back(reader: RegionReader, task: Task, receipt: Receipt) -> bool:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from streammerge import events
 from streammerge.adapter import Adapter
@@ -13,19 +17,29 @@ from streammerge.assembly import assemble
 from streammerge.errors import StoppedError, StorageError, StreammergeError
 from streammerge.executors.serial import run_serial
 from streammerge.finish import ModuleReport, finish
+from streammerge.kernels.census import Cuts, Question, Standing, Tally, take_census
 from streammerge.ledger import Ledger
 from streammerge.output.header import metadata_of
 from streammerge.output.journal import Unfinished
 from streammerge.output.staging import Staging
 from streammerge.output.writer import allocate, clear, forget, reopen
-from streammerge.plans import Plan, Task
-from streammerge.resume import check_same, identity, take_back
-from streammerge.worker import Job, Receipt, TaskStoppedError, fingerprint
+from streammerge.plans import Census, Plan, Task
+from streammerge.registry import RULES
+from streammerge.resume import check_same, identity, standings_of, take_back
+from streammerge.worker import (
+    Job,
+    Perform,
+    Receipt,
+    TaskStoppedError,
+    count_task,
+    fingerprint,
+    run_task,
+)
 
 if TYPE_CHECKING:
     from streammerge.executors.cluster import Cluster
 
-Execute = Callable[[Job, Sequence[Task], Callable[[Task, Receipt], None]], None]
+Execute = Callable[[Job, Sequence[Task], Callable[[Task, Any], None], Perform], None]
 
 
 def run_plan(
@@ -75,14 +89,23 @@ def run_plan(
     job = Job(plan, adapters, directory, starts, deadline)
     try:
         taken = take_back(plan, reopened, directory, starts, job.check_time) if reopened else ()
-        ledger.begin(now, taken)
+        ledger.begin(now, taken, standings_of(reopened) if reopened else ())
+        if plan.census is not None:
+            job.cuts = _find_cuts(job, ledger, plan.census, tell, cluster)
         _execute(job, ledger, tell, cluster)
         if plan.late:
             plan, starts = assemble(
                 plan, ledger.receipts, directory, starts, staging.path, check=job.check_time
             )
         reports = finish(
-            plan, adapters, staging.path, starts, ledger, fingerprint=found, check=job.check_time
+            plan,
+            adapters,
+            staging.path,
+            starts,
+            ledger,
+            cuts=job.cuts,
+            fingerprint=found,
+            check=job.check_time,
         )
     except TaskStoppedError as error:
         done, targets = len(plan.tasks) - len(ledger.unfinished), len(plan.tasks)
@@ -108,7 +131,7 @@ def _open_files(
             for file in plan.files:
                 forget(directory / file.name)
             return starts, staging.unfinished
-        staging.journal.entries = 0  # what they speak of is gone
+        staging.journal.drop()
     return allocate(directory, plan.files, plan.regions, metadata_of(plan)), None
 
 
@@ -118,6 +141,53 @@ def _both(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
         return now
     parts = [*before.get("mixed", [before]), *now.get("mixed", [now])]
     return {"mixed": [part for i, part in enumerate(parts) if part not in parts[:i]]}
+
+
+def _find_cuts(
+    job: Job, ledger: Ledger, census: Census, tell: events.OnEvent, cluster: Cluster | None
+) -> Cuts:
+    """Return the thresholds over whole adapters: those that are not known yet are looked for."""
+    targets = job.plan.targets
+    places = {task.target: place for place, task in enumerate(targets)}
+    passes = itertools.count(1)
+
+    def count(question: Question) -> Tally:
+        total = Tally(question, len(targets), job.dtype)
+        read = sum(task.read_bytes for task in targets)
+        tell(events.Counting(next(passes), most, len(targets), read))
+
+        def on_tally(tasks: Sequence[Task], tally: Tally) -> None:
+            total.add(tally, [places[task.target] for task in tasks])
+            for task in tasks:
+                tell(events.Counted(task.target, task.read_bytes))
+
+        if cluster is not None:
+            cluster.count(job, targets, question, on_tally)
+        else:
+            perform = partial(count_task, question=question)
+            _executor(job.plan)(job, targets, lambda task, tally: on_tally([task], tally), perform)
+        return total
+
+    searches = [ledger.standing(one) for one in _searches(job.plan)]
+    waiting = {one.adapter for one in searches if not one.is_done(job.dtype)}
+    most = census.passes * -(-len(waiting) // census.adapters_at_once)
+    for standings in take_census(searches, census.adapters_at_once, job.dtype, count):
+        ledger.note(standings)
+    found = [ledger.standing(one) for one in searches]
+    return Cuts.of(found, [task.target for task in targets], job.dtype)
+
+
+def _searches(plan: Plan) -> list[Standing]:
+    """Return what is looked for in each adapter that has a target."""
+    rows = max(task.last for task in plan.targets)
+    adapters, first = np.unique(plan.sources.adapter[:rows], return_index=True)
+    densities = plan.sources.density[first].tolist()
+    outliers = (plan.parameters["gamma"],) if RULES[plan.rule].sparsity == "middle" else ()
+    return [
+        Standing(adapter, shares)
+        for adapter, density in zip(adapters.tolist(), densities, strict=True)
+        for shares in ((*outliers, density)[:count] for count in range(1, len(outliers) + 2))
+    ]
 
 
 def _execute(job: Job, ledger: Ledger, tell: events.OnEvent, cluster: Cluster | None) -> None:
@@ -138,12 +208,13 @@ def _execute(job: Job, ledger: Ledger, tell: events.OnEvent, cluster: Cluster | 
         tell(events.TaskDone(task.target, task.read_bytes, written, receipt.seconds))
 
     if tasks:
-        _executor(plan, cluster)(job, tasks, on_receipt)
+        if cluster is not None:
+            cluster.run(job, tasks, on_receipt)
+        else:
+            _executor(plan)(job, tasks, on_receipt, run_task)
 
 
-def _executor(plan: Plan, cluster: Cluster | None) -> Execute:
-    if cluster is not None:
-        return cluster.run
+def _executor(plan: Plan) -> Execute:
     if plan.concurrency == 1:
         return run_serial
     # dask takes a while to load and is not needed for one task at a time.

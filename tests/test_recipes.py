@@ -318,6 +318,7 @@ EVERY_FIELD = Recipe(
     parameters=(("gamma", 0.2),),
     rank=3,
     majority_sign="frequency",
+    threshold_scope="global",
     clamp=0.9,
     seed=7,
     dtype="float16",

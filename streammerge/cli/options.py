@@ -10,7 +10,14 @@ from click.shell_completion import CompletionItem
 
 from streammerge.catalog import SPACES
 from streammerge.cli.program import section
-from streammerge.recipe import COMPUTE_DTYPES, EXTRAS, FORMATS, MAJORITY_SIGNS, OUTPUT_DTYPES
+from streammerge.recipe import (
+    COMPUTE_DTYPES,
+    EXTRAS,
+    FORMATS,
+    MAJORITY_SIGNS,
+    OUTPUT_DTYPES,
+    THRESHOLD_SCOPES,
+)
 from streammerge.registry import METHODS
 
 OUTPUT = "Output"
@@ -203,6 +210,14 @@ _RULE = (
         default="total",
         show_default=True,
         help="How ties elects a sign: of the sum, or of the most adapters.",
+    ),
+    click.option(
+        "--threshold-scope",
+        type=Word(*THRESHOLD_SCOPES),
+        default="tensor",
+        show_default=True,
+        help="Where ties and magnitude_prune look for the largest: in each tensor, or in the whole "
+        "adapter.",
     ),
     click.option(
         "--clamp",

@@ -24,7 +24,7 @@ from streammerge.cli.options import OUTPUT, merge_options
 from streammerge.cli.program import Sectioned, section
 
 if TYPE_CHECKING:
-    from streammerge.plans import Plan
+    from streammerge.plans import Census, Plan
 
 SHOWN_TASKS = 8
 
@@ -92,6 +92,7 @@ def _totals(plan: Plan) -> list[str]:
         ("output rank", f"{at_most}{_counts(ranks)}{policy}"),
         ("output dtype", plan.dtype),
         ("reads", format_size(plan.read_bytes)),
+        *([("before", _census(plan.census))] if plan.census else []),
         ("writes", f"{at_most}{format_size(plan.write_bytes)} in {len(plan.files)} file(s)"),
         ("route", _counts(routes)),
         ("tasks at once", _concurrency(plan)),
@@ -101,10 +102,19 @@ def _totals(plan: Plan) -> list[str]:
         ("device", _device(plan)),
         ("merged matrix", _kept(plan)),
         ("scratch", _scratch(plan)),
-        ("arithmetic", f"{sum(task.flops for task in plan.tasks) / 1e9:.2f} Gflop"),
+        ("arithmetic", f"{plan.flops / 1e9:.2f} Gflop"),
         ("time, roughly", f"{plan.seconds:.0f} s" if plan.seconds >= 1 else "under a second"),
     ]
     return facts(rows)
+
+
+def _census(census: Census) -> str:
+    from streammerge.budget import format_size
+
+    return (
+        f"thresholds over whole adapters: {census.passes} passes at most for each "
+        f"{census.adapters_at_once} adapter(s), which read {format_size(census.read_bytes)}"
+    )
 
 
 def _extras(plan: Plan) -> str:

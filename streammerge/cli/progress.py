@@ -22,6 +22,7 @@ class Progress:
         self._quiet = quiet
         self._notes = notes
         self._bar: Any = None
+        self._what = ""
         self._total = 0
         self._done = 0
         self._began = self._last = time.monotonic()
@@ -50,19 +51,26 @@ class Progress:
             remark(f"downloading {event.files} file(s), {format_size(event.nbytes)}")
         if isinstance(event, events.Downloaded):
             remark(f"downloaded {event.path}, {format_size(event.nbytes)}")
-        if isinstance(event, events.Planned):
-            self._total = event.read_bytes
-            self._began = self._last = time.monotonic()
-            if is_terminal(sys.stderr):
-                self._open_bar()
-        elif isinstance(event, events.TaskDone):
+        if isinstance(event, events.Counting):
+            self._begin(f"counting, pass {event.number} of {event.passes}", event.read_bytes)
+        elif isinstance(event, events.Planned):
+            self._begin("merging", event.read_bytes)
+        elif isinstance(event, events.TaskDone | events.Counted):
             self._advance(event.read_bytes)
+
+    def _begin(self, what: str, nbytes: int) -> None:
+        self._what, self._total, self._done = what, nbytes, 0
+        self._began = self._last = time.monotonic()
+        if is_terminal(sys.stderr):
+            self._open_bar()
 
     def _open_bar(self) -> None:
         from tqdm import tqdm
 
+        if self._bar is not None:
+            self._bar.close()
         self._bar = tqdm(
-            total=self._total, unit="B", unit_scale=True, desc="merging", dynamic_ncols=True
+            total=self._total, unit="B", unit_scale=True, desc=self._what, dynamic_ncols=True
         )
 
     def _advance(self, nbytes: int) -> None:
@@ -75,4 +83,4 @@ class Progress:
             self._last = now
             share = self._done / max(1, self._total)
             left = (now - self._began) * (1 - share) / max(share, 1e-9)
-            remark(f"merging: {share:.0%} of {self._total} bytes, about {left:.0f} s left")
+            remark(f"{self._what}: {share:.0%} of {self._total} bytes, about {left:.0f} s left")

@@ -29,7 +29,7 @@ def bundles(tasks: Sequence[Task], threads: int) -> list[tuple[Task, ...]]:
     return [tuple(bundle) for bundle in result]
 
 
-def node_name(bundle: Sequence[Task], number: int) -> str:
+def node_name(bundle: Sequence[Task], number: int, what: str = "merge") -> str:
     """Return the name of a bundle's node, for people who watch it run."""
     more = f"+{len(bundle) - 1}" if len(bundle) > 1 else ""
-    return f"merge-{number:05d}-{bundle[0].target}{more}"
+    return f"{what}-{number:05d}-{bundle[0].target}{more}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import pickle
 import pkgutil
 import shutil
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,8 +22,15 @@ from streammerge.budget import ON_CPU, Budget, Device
 from streammerge.errors import ClusterError, StorageError, WorkerError
 from streammerge.executors import workers
 from streammerge.executors.bundles import bundles, node_name
-from streammerge.executors.parcels import Parcels, anywhere, write_small
-from streammerge.executors.remote import Terms, WorkerFacts, describe, look, run_bundle
+from streammerge.executors.parcels import Parcels, anywhere, sealed, write_small
+from streammerge.executors.remote import (
+    Terms,
+    WorkerFacts,
+    count_bundle,
+    describe,
+    look,
+    run_bundle,
+)
 from streammerge.executors.team import lead, tidy_worker, wait_for
 from streammerge.executors.workers import (
     LOST,
@@ -35,6 +43,7 @@ from streammerge.executors.workers import (
     connect,
     lost_as,
 )
+from streammerge.kernels.census import Question, Tally
 from streammerge.plans import Plan, Task
 from streammerge.worker import Job, Receipt
 
@@ -169,13 +178,49 @@ class Cluster:
             WorkerError: the cluster was lost, or a worker again and again with a task.
             MergeFailedError: a subclass of it says what failed.
         """
+        with self._parcels(job, sealed(job, on_receipt)) as parcels:
+            self._share(parcels, [task for task in tasks if task.team > 1])
+            self._spread(parcels, [task for task in tasks if task.team == 1], run_bundle)
+
+    def count(
+        self,
+        job: Job,
+        tasks: Sequence[Task],
+        question: Question,
+        on_tally: Callable[[Sequence[Task], Tally], None],
+    ) -> None:
+        """Have the workers count what a pass asks of the tasks' targets.
+
+        Each target is counted by one worker. What they count comes back in files.
+
+        Raises:
+            TaskStoppedError: the time is over.
+            WorkerError: the cluster was lost, or a worker again and again with a task.
+            MergeFailedError: a subclass of it says what failed.
+        """
+
+        def take(bundle: Sequence[Task], counted: str) -> None:
+            # Written by this very run, into a directory that only its user may write to.
+            parts = pickle.loads(Path(counted).read_bytes())
+            Path(counted).unlink()
+            on_tally(bundle, Tally(question, len(bundle), job.dtype).unpack(parts))
+
+        with self._parcels(job, take) as parcels:
+            asked = parcels.directory / "question"
+            write_small(asked, pickle.dumps(question))
+            # A name of its own, for dask takes what has the same one for the same.
+            what = f"count-{uuid.uuid4().hex[:8]}"
+            self._spread(parcels, tasks, count_bundle, str(asked), what=what)
+
+    @contextmanager
+    def _parcels(self, job: Job, take: Callable[[Sequence[Task], Any], None]) -> Iterator[Parcels]:
+        """Have bundles on their way as long as the block lasts; nothing is left of them."""
         directory = self._make_directory(job.directory)
-        parcels = Parcels(job, directory, on_receipt)
+        parcels = Parcels(job, directory, take)
         try:
             with lost_as(WorkerError):
                 self._seen = time.monotonic()
-                self._share(parcels, [task for task in tasks if task.team > 1])
-                self._spread(parcels, [task for task in tasks if task.team == 1])
+                yield parcels
         finally:
             with suppress(*LOST):
                 self._client.cancel(list(parcels.out))
@@ -209,10 +254,17 @@ class Cluster:
                 parcels.open(future)
                 del teams[future]
 
-    def _spread(self, parcels: Parcels, tasks: Sequence[Task]) -> None:
-        """Run tasks in bundles, on one worker each."""
+    def _spread(
+        self,
+        parcels: Parcels,
+        tasks: Sequence[Task],
+        function: Callable[..., Any],
+        *args: Any,
+        what: str = "merge",
+    ) -> None:
+        """Have tasks done in bundles, on one worker each."""
         for bundle in bundles(tasks, sum(worker.threads for worker in self._workers)):
-            self._submit(parcels, run_bundle, bundle)
+            self._submit(parcels, function, bundle, *args, what=what)
         while parcels.out:
             parcels.job.check()
             try:
@@ -227,6 +279,7 @@ class Cluster:
         function: Callable[..., Any],
         bundle: Sequence[Task],
         *args: Any,
+        what: str = "merge",
         **options: Any,
     ) -> Any:
         """Give the scheduler a bundle; return its future."""
@@ -236,7 +289,7 @@ class Cluster:
             version=VERSION,
             fingerprint=None if self._mixed else self.fingerprint(parcels.job.plan.device),
         )
-        key = f"{node_name(bundle, number)}-{self._run}"
+        key = f"{node_name(bundle, number, what)}-{self._run}"
         future = self._client.submit(function, path, terms, *args, key=key, **options)
         parcels.out[future] = tuple(bundle)
         return future

@@ -11,20 +11,30 @@ import pickle
 import platform
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from distributed import Worker, get_worker
 
 from streammerge.adapter import Adapter, TensorFile
 from streammerge.budget import CPU, Device, Grant, format_size, granted_by_machine
-from streammerge.errors import MergeFailedError, RecipeError, WorkerError
+from streammerge.errors import (
+    MergeFailedError,
+    RecipeError,
+    StorageError,
+    StreammergeError,
+    WorkerError,
+)
 from streammerge.hub import Ranges
+from streammerge.kernels.census import Cuts, Question, Tally
+from streammerge.kernels.each import Each
 from streammerge.output.parts import make_part
 from streammerge.output.space import find_scratch
 from streammerge.output.writer import sync_file
@@ -34,6 +44,8 @@ from streammerge.worker import (
     Job,
     Lanes,
     Receipt,
+    TaskStoppedError,
+    count_task,
     find_device,
     fingerprint,
     give_back,
@@ -43,6 +55,8 @@ from streammerge.worker import (
     run_task,
     warm_up,
 )
+
+R = TypeVar("R")
 
 SAFE_SHARE = 0.75
 """Of a worker's memory limit: at 0.8 of it dask lets a worker begin no more tasks."""
@@ -189,6 +203,22 @@ def _look_at_hub(files: Sequence[TensorFile]) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Parcel:
+    """What a worker needs to run a bundle of tasks."""
+
+    plan: Plan
+    """Of these tasks alone."""
+    adapters: dict[int, Adapter]
+    """The manifests of what they read, by position."""
+    cuts: Cuts | None
+    """Thresholds over whole adapters, where they are known."""
+
+    def job(self, path: Path) -> Job:
+        """Return the tasks' job; when `path` is gone, where the parcel lies, it is over."""
+        return Job(self.plan, self.adapters, path.parent, starts=(0,), lease=path, cuts=self.cuts)
+
+
 class Gate:
     """Holds a worker to the plan: so many tasks in flight at once, or one that is alone."""
 
@@ -232,15 +262,51 @@ def run_bundle(path: str, terms: Terms) -> tuple[str, list[Receipt]]:
         MergeFailedError: a subclass of it says what failed.
     """
     worker = get_worker()
-    plan, adapters, gate = admit(worker, path, terms)
+    parcel, gate = admit(worker, path, terms)
     threads = worker.state.nthreads
     return run_tasks(
-        plan, adapters, Path(path), gate, lambda job, task: _run_task(job, task, threads)
+        parcel, Path(path), gate, lambda job, task: _on_lanes(job, task, threads, run_task)
     )
 
 
-def admit(worker: Worker, path: str, terms: Terms) -> tuple[Plan, dict[int, Adapter], Gate]:
-    """Return the plan and the manifests at `path`, and the gate for its tasks.
+def count_bundle(path: str, terms: Terms, asked: str) -> str:
+    """Count what a pass asks of the targets of a bundle.
+
+    Args:
+        path: where the bundle's plan and manifests lie.
+        terms: what the worker must be like.
+        asked: file with what is asked.
+
+    Returns:
+        The file with what was counted, as `Tally.packed` gives it.
+
+    Raises:
+        WorkerError: the worker is not like those that the run began with.
+        StorageError: the file system refused.
+        MergeFailedError: a subclass of it says what failed.
+    """
+    worker = get_worker()
+    parcel, gate = admit(worker, path, terms)
+    question: Question = pickle.loads(Path(asked).read_bytes())
+    perform = partial(count_task, question=question)
+    job, threads = parcel.job(Path(path)), worker.state.nthreads
+    tally = Tally(question, len(parcel.plan.tasks), job.dtype)
+    try:
+        with one_thread_each():
+            for place, task in enumerate(parcel.plan.tasks):
+                with gate.passed(alone=task.alone):
+                    tally.add(_on_lanes(job, task, threads, perform), [place])
+    finally:
+        job.files.close()
+        give_back()
+    counted = Path(path).with_name(f"{uuid.uuid4().hex}.counted")
+    with stored(counted):
+        counted.write_bytes(pickle.dumps(tally.packed(), protocol=5))
+    return str(counted)
+
+
+def admit(worker: Worker, path: str, terms: Terms) -> tuple[Parcel, Gate]:
+    """Return what lies at `path`, and the gate for its tasks.
 
     Raises:
         WorkerError: the worker is not like those that the run began with.
@@ -248,14 +314,15 @@ def admit(worker: Worker, path: str, terms: Terms) -> tuple[Plan, dict[int, Adap
     # A worker that came late has not been asked to describe itself.
     warm_up()
     # The file was written by this very run, into a directory that only its user may write to.
-    plan, adapters = pickle.loads(Path(path).read_bytes())
+    parcel: Parcel = pickle.loads(Path(path).read_bytes())
+    plan = parcel.plan
     problem = _misfit(worker, plan, terms)
     if problem:
         targets = tuple(task.target for task in plan.tasks)
         raise WorkerError(problem, worker=worker.address, targets=targets)
     with _MAKING_GATES:
         gate = _GATES.setdefault((terms.run, worker.address), Gate(plan.concurrency))
-    return plan, adapters, gate
+    return parcel, gate
 
 
 def _misfit(worker: Worker, plan: Plan, terms: Terms) -> str | None:
@@ -274,18 +341,13 @@ def _misfit(worker: Worker, plan: Plan, terms: Terms) -> str | None:
 
 
 def run_tasks(
-    plan: Plan,
-    adapters: Mapping[int, Adapter],
-    path: Path,
-    gate: Gate,
-    run: Callable[[Job, Task], Receipt],
+    parcel: Parcel, path: Path, gate: Gate, run: Callable[[Job, Task], Receipt]
 ) -> tuple[str, list[Receipt]]:
     """Run the tasks of a part of a plan and write what comes out into a part file of this attempt.
 
     Args:
-        plan: the part.
-        adapters: its manifests, by their positions.
-        path: where both lie; when it is gone, the run is over.
+        parcel: the part, with what it needs.
+        path: where it lies; when it is gone, the run is over.
         gate: lets in as many tasks at once as there is room for.
         run: runs one of them.
 
@@ -295,9 +357,10 @@ def run_tasks(
     Raises:
         MergeFailedError: a subclass of it says what failed.
     """
+    plan = parcel.plan
     part = make_part(path.parent, plan.write_bytes)
     plan = replace(plan, files=(OutputFile(part.name, plan.write_bytes),))
-    job = Job(plan, adapters, path.parent, starts=(0,), lease=path)
+    job = replace(parcel, plan=plan).job(path)
     receipts = []
     try:
         with one_thread_each():
@@ -314,12 +377,26 @@ def run_tasks(
     return str(part), receipts
 
 
-def _run_task(job: Job, task: Task, threads: int) -> Receipt:
+def _on_lanes(job: Job, task: Task, threads: int, perform: Callable[[Job, Task, Each], R]) -> R:
     lanes = min(task.lanes, threads)
     if not task.alone or lanes == 1:
-        return run_task(job, task)
+        return perform(job, task, map)
     with ThreadPoolExecutor(lanes) as pool:
-        return run_task(job, task, Lanes(pool, lanes, job.stopped))
+        return perform(job, task, Lanes(pool, lanes, job.stopped))
+
+
+@contextmanager
+def stored(path: Path) -> Iterator[None]:
+    """Have a file system's refusal told as such, and leave no file of it."""
+    try:
+        yield
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, StreammergeError):
+            raise
+        if not path.parent.is_dir():
+            raise TaskStoppedError from error
+        raise StorageError(f"{error.strerror}", path=str(error.filename or path)) from error
 
 
 def _limit(worker: Worker) -> int | None:

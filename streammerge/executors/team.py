@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, TypeVar
 
 from distributed import Client, Future, Worker, get_worker, wait, worker_client
 
-from streammerge.errors import StorageError, StreammergeError, WorkerError
-from streammerge.executors.remote import Terms, admit, run_tasks
+from streammerge.errors import WorkerError
+from streammerge.executors.remote import Terms, admit, run_tasks, stored
 from streammerge.executors.workers import LOST, POLL_SECONDS, running
 from streammerge.kernels.each import Over
 from streammerge.plans import Task
@@ -33,7 +33,6 @@ from streammerge.worker import (
     Member,
     Part,
     Receipt,
-    TaskStoppedError,
     give_back,
     one_thread_each,
     packed,
@@ -59,7 +58,7 @@ def lead(path: str, terms: Terms, members: Sequence[str]) -> tuple[str, list[Rec
         WorkerError: the worker is not like those that the run began with, or none is left.
         MergeFailedError: a subclass of it says what failed.
     """
-    plan, adapters, gate = admit(get_worker(), path, terms)
+    parcel, gate = admit(get_worker(), path, terms)
 
     def run(job: Job, task: Task) -> Receipt:
         # The members hold what is held; the buffers of one more lane were planned for this.
@@ -71,7 +70,7 @@ def lead(path: str, terms: Terms, members: Sequence[str]) -> tuple[str, list[Rec
             finally:
                 team.part()
 
-    return run_tasks(plan, adapters, Path(path), gate, run)
+    return run_tasks(parcel, Path(path), gate, run)
 
 
 class Team:
@@ -230,9 +229,8 @@ class _Seat:
         """Return what the worker has of the target at `path`; that of another one is let go."""
         if self._member is None or self._path != path:
             self.leave()
-            plan, adapters, _ = admit(worker, path, terms)
-            job = Job(plan, adapters, Path(path).parent, starts=(0,), lease=Path(path))
-            self._path, self._member = path, Member(job, plan.tasks[0])
+            parcel, _ = admit(worker, path, terms)
+            self._path, self._member = path, Member(parcel.job(Path(path)), parcel.plan.tasks[0])
         return self._member
 
     def leave_what_is_over(self) -> None:
@@ -292,20 +290,6 @@ def work_on(path: str, terms: Terms, errand: Errand, given: str) -> str:
             seat.leave()
             raise
     return str(results)
-
-
-@contextmanager
-def stored(path: Path) -> Iterator[None]:
-    """Have a file system's refusal told as such, and leave no file of it."""
-    try:
-        yield
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        if isinstance(error, StreammergeError):
-            raise
-        if not path.parent.is_dir():
-            raise TaskStoppedError from error
-        raise StorageError(f"{error.strerror}", path=str(error.filename or path)) from error
 
 
 def leave(path: str) -> None:

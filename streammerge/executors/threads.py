@@ -5,32 +5,44 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dask.base import compute
 from dask.delayed import delayed
 
 from streammerge.executors.bundles import bundles, node_name
 from streammerge.plans import Task
-from streammerge.worker import Job, Lanes, Receipt, one_thread_each, run_task
+from streammerge.worker import Job, Lanes, Perform, one_thread_each, run_task
 
 T = TypeVar("T")
 
-OnReceipt = Callable[[Task, Receipt], None]
+OnResult = Callable[[Task, Any], None]
 
 
-def run_threads(job: Job, tasks: Sequence[Task], on_receipt: OnReceipt) -> None:
+def run_threads(
+    job: Job, tasks: Sequence[Task], on_result: OnResult, perform: Perform = run_task
+) -> None:
     """Run tasks of a job, as many at once as the plan allows.
 
     What the tasks in flight hold together is within the budget: large targets come one after
     another, each worked on by several threads; then the pool has as many threads as the plan lets
     tasks be in flight, and each runs one task at a time.
+
+    Args:
+        job: what they belong to.
+        tasks: what is done.
+        on_result: hears of each one's result, of one at a time.
+        perform: does one of them.
     """
-    report = _one_at_a_time(on_receipt)
+    report = _one_at_a_time(on_result)
     together = [task for task in tasks if not task.alone]
     nodes = [
         delayed(_run_bundle, pure=False)(
-            _Hidden(job), _Hidden(bundle), report, dask_key_name=node_name(bundle, number)
+            _Hidden(job),
+            _Hidden(bundle),
+            report,
+            _Hidden(perform),
+            dask_key_name=node_name(bundle, number),
         )
         for number, bundle in enumerate(bundles(together, job.plan.concurrency))
     ]
@@ -41,16 +53,22 @@ def run_threads(job: Job, tasks: Sequence[Task], on_receipt: OnReceipt) -> None:
                     # Not for one lane: a failure in it ends the job, and out of device memory a
                     # task is tried again.
                     each = Lanes(pool, task.lanes, job.stopped) if task.lanes > 1 else map
-                    report(task, run_task(job, task, each))
+                    report(task, perform(job, task, each))
             compute(*nodes, scheduler="threads", pool=pool, optimize_graph=False)
-        finally:
-            # After a failure other threads end their task at its next tile.
+        except BaseException:
+            # Other threads end their task at its next tile.
             job.stopped.set()
+            raise
 
 
-def _run_bundle(job: _Hidden[Job], bundle: _Hidden[tuple[Task, ...]], report: OnReceipt) -> None:
+def _run_bundle(
+    job: _Hidden[Job],
+    bundle: _Hidden[tuple[Task, ...]],
+    report: OnResult,
+    perform: _Hidden[Perform],
+) -> None:
     for task in bundle.value:
-        report(task, run_task(job.value, task))
+        report(task, perform.value(job.value, task, map))
 
 
 class _Hidden(Generic[T]):
@@ -60,11 +78,11 @@ class _Hidden(Generic[T]):
         self.value = value
 
 
-def _one_at_a_time(on_receipt: OnReceipt) -> OnReceipt:
+def _one_at_a_time(on_result: OnResult) -> OnResult:
     lock = threading.Lock()
 
-    def report(task: Task, receipt: Receipt) -> None:
+    def report(task: Task, result: Any) -> None:
         with lock:
-            on_receipt(task, receipt)
+            on_result(task, result)
 
     return report

@@ -83,13 +83,29 @@ Cut = Threshold | Band
 
 
 @dataclass(frozen=True)
-class Stream:
+class Quota:
+    """What a cut through several tensors leaves to one of them."""
+
+    value: float
+    """Above it all is kept; infinite to keep none, negative to keep all."""
+    equals: int | None = None
+    """How many of those equal to it are kept, the lowest flat index first; all when None."""
+
+
+@dataclass(frozen=True)
+class Tiled:
     """A tensor that is made tile by tile."""
 
     spans: Sequence[tuple[int, int]]
     """Each tile's range of flat indices, in order."""
     tiles: Callable[[range], Iterator[torch.Tensor]]
     """Yields the tiles of a range, flat; each holds its values until the next one."""
+
+
+@dataclass(frozen=True)
+class Stream(Tiled):
+    """A tensor of which there is also a sample."""
+
     sample: Callable[[], torch.Tensor]
     """Returns some elements that stand for all, or all where they are few."""
 
@@ -142,6 +158,27 @@ def find_cut(stream: Stream, keep: int, over: Over, *, zeros: bool = False) -> T
     if not math.isfinite(found.value):
         raise FloatingPointError("a tensor overflows: its threshold is not finite")
     return Threshold(0.0) if found.value == 0.0 and not zeros else found
+
+
+def place_cut(quotas: Sequence[Quota], over: Over) -> Cut:
+    """Return where a tensor is cut whose threshold was found over others too.
+
+    Args:
+        quotas: what it keeps above one value; or those of the outliers and of what is kept.
+        over: the tensor's panels.
+    """
+    cuts = [_place(quota, over) for quota in quotas]
+    return cuts[0] if len(cuts) == 1 else Band(*cuts)
+
+
+def _place(quota: Quota, over: Over) -> Threshold:
+    value, kept = quota.value, quota.equals
+    if kept is None or math.isinf(value) or value <= 0.0:
+        return Threshold(value)
+    if kept == 0:
+        return Threshold(value, last=-1)
+    equals = [count for counts in over(count_equals, value) for count in counts]
+    return _cut_equals(value, equals, kept)
 
 
 def _sift(stream: Stream, keep: int, over: Over) -> Threshold | None:
@@ -217,7 +254,7 @@ def _count_digits(stream: Stream, keep: int, over: Over, *, zeros: bool) -> Thre
     return _cut_equals(value, equals, search.remaining)
 
 
-def count_panel(stream: Stream, panel: range, search: Search) -> torch.Tensor:
+def count_panel(stream: Tiled, panel: range, search: Search) -> torch.Tensor:
     """Count the next digit of a search over the tiles of a panel."""
     counter: DigitCounter | None = None
     for tile in stream.tiles(panel):
@@ -227,7 +264,7 @@ def count_panel(stream: Stream, panel: range, search: Search) -> torch.Tensor:
     return counter.counts
 
 
-def count_equals(stream: Stream, panel: range, value: float) -> list[int]:
+def count_equals(stream: Tiled, panel: range, value: float) -> list[int]:
     """Return how many magnitudes of each tile of a panel equal a value."""
     return [len(equal_places(x, value)) for x in stream.tiles(panel)]
 

@@ -16,10 +16,12 @@ from streammerge.kernels.selection import Selection, find_selection, squared, va
 from streammerge.kernels.thresholds import (
     Band,
     Cut,
+    Quota,
     Stream,
     Threshold,
     find_band,
     find_threshold,
+    place_cut,
 )
 from streammerge.registry import RULES
 from streammerge.rules import Tile, function_of
@@ -48,6 +50,8 @@ class Operands:
     weights: Sequence[float]
     densities: Sequence[float]
     """Share of elements that the rule keeps of each tensor."""
+    quotas: Sequence[Sequence[Quota]] | None = None
+    """What each tensor keeps where it is cut together with others; None where on its own."""
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -242,6 +246,8 @@ class MergedTiles:
         return self._find_cut(i, whole, Here(whole, 1, map))
 
     def _find_cut(self, i: int, stream: Stream, over: Over) -> Cut:
+        if self._operands.quotas is not None:
+            return place_cut(self._operands.quotas[i], over)
         density = self._operands.densities[i]
         if RULES[self._options.rule].sparsity == "middle":
             return find_band(stream, self._options.parameters["gamma"], density, over)

@@ -1,4 +1,5 @@
-"""The journal of a run: what it is, then a line for every finished target.
+"""The journal of a run: what it is, then a line for every finished target, and before them one for
+every pass that has counted something of all.
 
 A line that was being written when the process died has a wrong checksum and does not count. Nothing
 is made durable here: after a crash of the machine the regions are read back anyway, and those whose
@@ -10,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from streammerge.errors import StorageError
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 _PUBLISHED = "published"
+
+_COUNTED = "counted"
 
 _DIGEST = 32
 """Characters of a checksum."""
@@ -42,8 +45,14 @@ class Unfinished:
 
     def entries(self) -> Iterator[dict[str, Any]]:
         """Yield those of its finished targets; there may be too many to hold."""
-        lines = itertools.islice(_sound_lines(self.path), 1, None)
-        return (line for line in lines if _PUBLISHED not in line)
+        return (line for line in self._lines() if not {_PUBLISHED, _COUNTED} & line.keys())
+
+    def counted(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield what was noted after each pass that counted something."""
+        return (line[_COUNTED] for line in self._lines() if _COUNTED in line)
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        return itertools.islice(_sound_lines(self.path), 1, None)
 
 
 class Journal:
@@ -53,6 +62,8 @@ class Journal:
         self.path = path
         self.entries = 0
         """How many finished targets it holds, as far as this process knows."""
+        self.passes = 0
+        """How many passes over all targets it knows of."""
         self._descriptor = -1
 
     def read(self) -> Unfinished | None:
@@ -63,10 +74,11 @@ class Journal:
         """
         try:
             lines = _sound_lines(self.path)
-            identity, published, self.entries = next(lines, None), None, 0
+            identity, published, self.entries, self.passes = next(lines, None), None, 0, 0
             for line in lines:
                 published = line.get(_PUBLISHED)
-                self.entries += published is None
+                self.passes += _COUNTED in line
+                self.entries += published is None and _COUNTED not in line
             spoilt = identity is None and self.path.stat().st_size > 0
         except FileNotFoundError:
             return None
@@ -74,12 +86,31 @@ class Journal:
             raise StorageError(f"cannot be read ({error.strerror})", path=str(self.path)) from error
         if spoilt:
             raise StorageError("is spoilt", path=str(self.path))
-        if not identity or not self.entries:
+        if not identity or not self.worth_keeping:
             return None
         return Unfinished(self.path, identity, self.entries, published)
 
-    def begin(self, identity: dict[str, Any], entries: Iterable[dict[str, Any]]) -> None:
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether there is something to go on from."""
+        return self.entries > 0 or self.passes > 0
+
+    def drop(self) -> None:
+        """Know of nothing any more: what it speaks of is gone."""
+        self.entries = self.passes = 0
+
+    def begin(
+        self,
+        identity: dict[str, Any],
+        entries: Iterable[dict[str, Any]],
+        counted: Sequence[dict[str, Any]] = (),
+    ) -> None:
         """Write a new journal in the place of the earlier one, with what is taken over of it.
+
+        Args:
+            identity: what the run is.
+            entries: of finished targets.
+            counted: what was noted of passes, as one.
 
         Raises:
             StorageError: the file system refused.
@@ -89,6 +120,8 @@ class Journal:
         try:
             with fresh.open("wb") as stream:
                 stream.write(_line(identity))
+                if counted:
+                    stream.write(_line({_COUNTED: list(counted)}))
                 for entry in entries:
                     stream.write(_line(entry))
                     taken += 1
@@ -96,7 +129,7 @@ class Journal:
             self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         except OSError as error:
             raise StorageError(f"cannot be written ({error.strerror})", path=str(fresh)) from error
-        self.entries = taken
+        self.entries, self.passes = taken, int(bool(counted))
 
     def append(self, entry: dict[str, Any]) -> None:
         """Write the line of a finished target.
@@ -106,6 +139,15 @@ class Journal:
         """
         self._write(entry)
         self.entries += 1
+
+    def note(self, counted: Sequence[dict[str, Any]]) -> None:
+        """Write the line of a pass that counted something of all targets.
+
+        Raises:
+            StorageError: the file system refused.
+        """
+        self._write({_COUNTED: list(counted)})
+        self.passes += 1
 
     def publish(self, checksum: str | None) -> None:
         """Write, durably, that what has this checksum is about to get the output's name.

@@ -167,7 +167,7 @@ class Staging:
                     self._clear(remove)
             elif not self._is_ours or (error is not None and self._worth_keeping(error)):
                 self.journal.close()
-                kept = self.journal.entries and not isinstance(error, RefusedError)
+                kept = self.journal.worth_keeping and not isinstance(error, RefusedError)
                 if kept and isinstance(error, StreammergeError):
                     error.add_note(
                         f"{self.journal.entries} targets are done and kept; --resume goes on"
@@ -265,7 +265,7 @@ class Staging:
         elif not self._overwrite:
             raise UnfinishedError(path=str(self.output), done=found.done)
         else:
-            self.journal.entries = 0  # they are dropped
+            self.journal.drop()
 
     def _clear_published(self) -> Unfinished | None:
         """Remove what is left of a merge that was killed after it was published, and return it."""
@@ -277,14 +277,14 @@ class Staging:
             return None
         for remove in (*self._removals(), self.journal.remove):
             remove()
-        self.journal.entries = 0
+        self.journal.drop()
         return found
 
     def _worth_keeping(self, error: BaseException) -> bool:
         """Whether a later run can go on from what is there."""
         if isinstance(error, MergeFailedError) and not error.resumable:
             return False
-        return self.journal.entries > 0 and self.path.is_dir()
+        return self.journal.worth_keeping and self.path.is_dir()
 
     def _discard(self) -> None:
         """Remove all that is left of this merge, or of an earlier one."""

@@ -95,7 +95,7 @@ def _on_host(draft: Draft, rule: RuleSpec, limits: Limits) -> int:
     if not limits.on_device or draft.course.route in EXTRA_ROUTES:
         held = least(draft, rule)
     else:
-        held = project_host(draft.shape)
+        held = project_host(draft.shape) + draft.tally
     return held + project_beside(draft.shape)
 
 

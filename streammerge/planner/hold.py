@@ -16,6 +16,7 @@ from streammerge.planner.memory import (
     factor_tiles,
     joined_tile_bytes,
     project,
+    project_census,
     stack_bytes,
     tile_bytes,
 )
@@ -30,6 +31,9 @@ class Draft:
     group: Group
     shape: Shape
     course: Course
+    tally: int = 0
+    """Bytes of what is counted of an adapter's elements, of each target in flight, where its
+    threshold is one over all targets."""
 
     @property
     def seen(self) -> Shape:
@@ -38,8 +42,12 @@ class Draft:
 
 
 def least(draft: Draft, rule: RuleSpec, lanes: int = 1) -> int:
-    """Return what a task holds with nothing kept, on so many threads."""
-    return project(draft.course, rule, draft.shape, Holding(lanes=lanes))
+    """Return what a task holds with nothing kept, on so many threads; and, where that is more,
+    what it holds while one adapter is counted."""
+    held = project(draft.course, rule, draft.shape, Holding(lanes=lanes))
+    if not draft.tally:
+        return held
+    return max(held, project_census(draft.course, rule, draft.shape, lanes) + draft.tally)
 
 
 def hold(draft: Draft, rule: RuleSpec, room: int, lanes: int) -> Holding:

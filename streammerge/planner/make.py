@@ -21,6 +21,7 @@ from streammerge.budget import ON_CPU, Budget, Device
 from streammerge.catalog import SPACES, RuleSpec, SpaceSpec
 from streammerge.errors import RecipeError
 from streammerge.planner.align import Alignment, align, check_shapes, gather
+from streammerge.planner.census import plan_census
 from streammerge.planner.checks import (
     check_bases,
     check_one_density,
@@ -35,7 +36,7 @@ from streammerge.planner.fit import fit, plan_task
 from streammerge.planner.formats import check_image_extras, image_config, output_format
 from streammerge.planner.hold import Draft
 from streammerge.planner.layout import Pair, lay_out
-from streammerge.planner.memory import project_compared
+from streammerge.planner.memory import project_compared, tally_bytes
 from streammerge.planner.output_config import output_config
 from streammerge.planner.routes import COORDINATES, Shape, choose_course
 from streammerge.planner.scaling import scalings
@@ -92,8 +93,10 @@ def make_plan(
     shapes = _shapes(adapters, alignment, recipe, (rule, space), dtype, stream=stream)
     if compared:
         shapes = (replace(shape, kept=project_compared(shape)) for shape in shapes)
+    everywhere = recipe.threshold_scope == "global"
+    tally = tally_bytes(rule, len(alignment.groups)) if everywhere else 0
     drafts = [
-        Draft(group, shape, choose_course(rule, space, shape))
+        Draft(group, shape, choose_course(rule, space, shape), tally)
         for group, shape in zip(alignment.groups, shapes, strict=True)
     ]
     pairs = [_pair(adapters, alignment, draft, stored) for draft in drafts]
@@ -109,6 +112,11 @@ def make_plan(
     tasks = tuple(
         plan_task(draft, rule, limits, scratch, places)
         for draft, places in zip(drafts, regions, strict=True)
+    )
+    census = (
+        plan_census(drafts[: len(pairs)], tasks[: len(pairs)], rule, limits, len(adapters))
+        if everywhere
+        else None
     )
     ranks = {pair.target: pair.rank for pair in pairs}
     selected = recipe.include is not None or recipe.exclude is not None
@@ -139,6 +147,7 @@ def make_plan(
         device_allowed_bytes=device.allowed_bytes,
         io=io,
         scratch=scratch,
+        census=census,
         extras=extra.modules,
         notices=(*extra.notices, *notices, *settled, *partial_targets(adapters, alignment)),
         late=isinstance(recipe.rank, RankPolicy),
@@ -251,11 +260,28 @@ def _check_options(recipe: Recipe, rule: RuleSpec, space: SpaceSpec) -> None:
         raise RecipeError(
             f"majority_sign does not go with {what}, which elects no sign", option="majority_sign"
         )
+    if recipe.threshold_scope == "global":
+        _check_global(recipe, rule, what)
     for option in ("rank", "clamp"):
         if getattr(recipe, option) is not None and not space.truncates:
             raise RecipeError(
                 f"{option} does not go with {what}, which truncates nothing", option=option
             )
+
+
+def _check_global(recipe: Recipe, rule: RuleSpec, what: str) -> None:
+    if rule.sparsity not in ("largest", "middle"):
+        raise RecipeError(
+            f"threshold_scope does not go with {what}, which looks for no largest elements",
+            option="threshold_scope",
+        )
+    given = recipe.density if isinstance(recipe.density, tuple) else ()
+    if any(isinstance(density, tuple) for density in given):
+        raise RecipeError(
+            "threshold_scope global is one threshold for a whole adapter, and does not go with a "
+            "density that differs from target to target",
+            option="threshold_scope",
+        )
 
 
 def output_dtype(adapters: Sequence[Adapter], alignment: Alignment, asked: str) -> str:

@@ -46,6 +46,12 @@ PINNED_SLOTS = 2
 COUNTER_BYTES = 2 * 1024**2
 """Sample, histogram and chunk buffers of a threshold's search."""
 
+DIGITS = 2**16
+"""Values of a digit that are counted apart."""
+
+COUNT_BYTES = 8
+"""Of a count."""
+
 DRAWN = 2**18
 """Elements of a stream of random bits that are drawn at once."""
 
@@ -113,6 +119,27 @@ def project(course: Course, rule: RuleSpec, shape: Shape, holding: Holding) -> i
     return held + picking + SLACK_BYTES + (lanes - 1) * LANE_BYTES
 
 
+@lru_cache(maxsize=1024)
+def project_census(course: Course, rule: RuleSpec, shape: Shape, lanes: int) -> int:
+    """Return the bytes that are held of a target while its elements are counted, without what is
+    counted."""
+    picking = lanes * turned_bytes(shape)
+    parts = {
+        "fold": lambda: _counted_factors(rule, shape, lanes),
+        "left_basis": lambda: _counted_in_bases(rule, shape, course, lanes),
+        "both_bases": lambda: _counted_in_bases(rule, shape, course, lanes),
+        "shared_bases": lambda: _counted_in_bases(rule, shape, course, lanes),
+    }
+    held = parts.get(course.route, lambda: _counted_deltas(rule, shape, lanes))()
+    return held + picking + SLACK_BYTES + (lanes - 1) * LANE_BYTES
+
+
+def tally_bytes(rule: RuleSpec, targets: int) -> int:
+    """Return what is counted of an adapter for each target in flight: its own counts, and those
+    that they are added to."""
+    return rule.cuts * (DIGITS + max(DIGITS, 2 * targets)) * COUNT_BYTES
+
+
 def project_team(shape: Shape, course: Course) -> int:
     """Return what is on its way between workers that share a target, in the memory of each.
 
@@ -173,6 +200,39 @@ def turned_bytes(shape: Shape) -> int:
     # As many whole lines as make a tile, one at least.
     elements = min(max(TILE_ELEMENTS, side), max(shape.ranks) * side)
     return elements * shape.stored_item
+
+
+def _counted_factors(rule: RuleSpec, shape: Shape, lanes: int) -> int:
+    """For each lane a tile of a factor, stored and converted, and what counts it."""
+    elements = max(longest(flat_tiles(shape.rank * side)) for side in (shape.m, shape.n))
+    return lanes * (elements * (shape.stored_item + shape.item) + _counting(rule, elements))
+
+
+def _counted_deltas(rule: RuleSpec, shape: Shape, lanes: int) -> int:
+    """One A, and the next one as it is read, stored and converted; for each lane some rows of B,
+    their tile, and what counts it."""
+    rows, rank = longest(row_tiles(shape.m, shape.n)), max(shape.ranks)
+    elements = rows * shape.n
+    reading = rank * (shape.item + shape.stored_item)
+    tile = elements * shape.item + _counting(rule, elements)
+    held = rank * shape.n * shape.item
+    return held + reading * shape.n + lanes * (reading * rows + tile)
+
+
+def _counted_in_bases(rule: RuleSpec, shape: Shape, course: Course, lanes: int) -> int:
+    """The bases and the coordinates of the factors, as in the task, and for each lane a tile."""
+    seen = seen_shape(course.route, shape)
+    elements = longest(row_tiles(seen.m, seen.n)) * seen.n
+    incoming = max(shape.ranks) * (max(seen.m, seen.n) + seen.m) * (shape.item + shape.stored_item)
+    used = lanes * (incoming + elements * shape.item + _counting(rule, elements))
+    if course.route == "shared_bases":
+        return _with_shared_bases(shape, lanes, used)
+    return _with_bases(shape, course, lanes, used)
+
+
+def _counting(rule: RuleSpec, elements: int) -> int:
+    """A histogram and its chunk buffers for each cut; among equals two masks and the places."""
+    return max(rule.cuts * COUNTER_BYTES, elements * (2 + 8))
 
 
 def _concatenate(shape: Shape, holding: Holding) -> int:
@@ -261,20 +321,25 @@ def _spectral(shape: Shape, course: Course, lanes: int) -> int:
 
 
 def _in_shared_bases(rule: RuleSpec, shape: Shape, course: Course, holding: Holding) -> int:
+    """The bases, and with them what the merged coordinates take; the pair."""
+    merging = _coordinates(rule, seen_shape(course.route, shape), course, holding)
+    return _with_shared_bases(shape, holding.lanes, merging) + _pair(shape)
+
+
+def _with_shared_bases(shape: Shape, lanes: int, used: int) -> int:
     """The stacked factors and their Gram matrices; one of them turned, with its eigenvectors and
-    what LAPACK works in; afterwards the bases, and the coordinates in them."""
+    what LAPACK works in; afterwards the bases, the factors' coordinates in them and what is done
+    with those."""
     k, sides, r = shape.total_rank, shape.m + shape.n, shape.rank
     stacks = k * sides * shape.item
     rows = longest(gram_rows(max(shape.m, shape.n)))
     reading = 2 * max(shape.ranks) * max(shape.m, shape.n) * (shape.item + shape.stored_item)
     blocks = 3 * sum(rank * rank for rank in shape.ranks) * DOUBLE
-    working = max(4 * k * k * DOUBLE + blocks, holding.lanes * 2 * rows * max(k, r) * DOUBLE)
+    working = max(4 * k * k * DOUBLE + blocks, lanes * 2 * rows * max(k, r) * DOUBLE)
     iterating = 8 * k * r * DOUBLE + 2 * len(shape.ranks) * r * r * DOUBLE
     finding = stacks + 2 * k * k * DOUBLE + max(reading, working) + iterating
-    seen = seen_shape(course.route, shape)
-    merging = 2 * r * k * shape.item + _coordinates(rule, seen, course, holding)
-    projecting = holding.lanes * reading * 2 + 2 * r * k * shape.item
-    return r * sides * shape.item + max(finding, merging, projecting) + _pair(shape)
+    later = 2 * r * k * shape.item + max(lanes * reading * 2, used)
+    return r * sides * shape.item + max(finding, later)
 
 
 def _sum(shape: Shape, course: Course, holding: Holding) -> int:
@@ -291,22 +356,27 @@ def _sum(shape: Shape, course: Course, holding: Holding) -> int:
 
 
 def _in_bases(rule: RuleSpec, shape: Shape, course: Course, holding: Holding) -> int:
+    """The bases, and with them what the merged coordinates take; the pair."""
+    merging = _coordinates(rule, seen_shape(course.route, shape), course, holding)
+    return _with_bases(shape, course, holding.lanes, merging) + _pair(shape)
+
+
+def _with_bases(shape: Shape, course: Course, lanes: int, used: int) -> int:
     """The bases; while they are made, what that takes, and later the factors' coordinates in them
-    and what the merged coordinates take; the pair."""
+    and what is done with those."""
     seen, k = seen_shape(course.route, shape), shape.total_rank
     sides = (shape.m,) if course.route == "left_basis" else (shape.m, shape.n)
     bases = sum(side * min(side, k) for side in sides) * shape.item
     if len(sides) == 1:
         bases += sum(rank * rank for rank in shape.ranks) * DOUBLE  # the L's
-    making = max(_basis(shape, side, holding.lanes) for side in sides)
+    making = max(_basis(shape, side, lanes) for side in sides)
     # A's coordinates are as wide as A in the one route, and read when they are needed.
     coordinates = (seen.m if len(sides) == 1 else seen.m + seen.n) * k * shape.item
     reading = max(shape.ranks) * max(shape.m, shape.n) * (shape.item + shape.stored_item)
     projecting = 2 * max(seen.m, seen.n) * shape.item + max(shape.m, shape.n) * DOUBLE
     reading += max(shape.ranks) * projecting
-    merging = _coordinates(rule, seen, course, holding)
-    later = coordinates + max(holding.lanes * reading, merging)
-    return bases + max(making, later) + _pair(shape)
+    later = coordinates + max(lanes * reading, used)
+    return bases + max(making, later)
 
 
 def _basis(shape: Shape, side: int, lanes: int) -> int:

@@ -1,5 +1,6 @@
 """The worker: the one place that holds bytes and maths together, and that touches a device."""
 
+from streammerge.worker.census import count_task
 from streammerge.worker.compared import MeasuredPair, measure_pair
 from streammerge.worker.factors import held_window
 from streammerge.worker.job import (
@@ -16,7 +17,7 @@ from streammerge.worker.job import (
 from streammerge.worker.lanes import Lanes
 from streammerge.worker.member import Errand, Member, packed, unpacked
 from streammerge.worker.receipt import Certificate, Receipt
-from streammerge.worker.run import run_task
+from streammerge.worker.run import Perform, run_task
 from streammerge.worker.spectra import Spectrum, spectra_of
 from streammerge.worker.work import Part
 
@@ -28,9 +29,11 @@ __all__ = [
     "MeasuredPair",
     "Member",
     "Part",
+    "Perform",
     "Receipt",
     "Spectrum",
     "TaskStoppedError",
+    "count_task",
     "find_device",
     "fingerprint",
     "give_back",

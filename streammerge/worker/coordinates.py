@@ -23,23 +23,9 @@ from streammerge.worker.work import Work
 
 def merge_in_left_basis(work: Work) -> Truncation:
     """Return the triples of what a rule makes of S·Vᵀ, one for each source, brought back by U."""
-    sources = work.sources
-
-    def root(i: int) -> torch.Tensor:
-        return square_root(sources.a[i].whole(), sources.scalings[i], map)
-
-    roots = list(work.each(root, range(len(sources))))
-    left = left_basis(*_stacked(work, "B"), roots, work.each)
-    if not left.vectors.shape[1]:
+    left, seen = _in_left_basis(work)
+    if seen is None:
         return _nothing(work, left)
-    b = list(work.each(lambda i: _left(work, i, left), range(len(sources))))
-    held = list(work.each(lambda i: sources.a[i].whole(), range(work.task.factors)))
-
-    def a(i: int) -> torch.Tensor:
-        return held[i] if i < len(held) else sources.a[i].whole()
-
-    height = min(work.task.m, sum(_ranks(work)))
-    seen = Coordinates(work, "knots", b, a, (height, work.task.n))
     triples = _merge(work, seen)
     return replace(
         triples,
@@ -49,17 +35,63 @@ def merge_in_left_basis(work: Work) -> Truncation:
     )
 
 
+def _in_left_basis(work: Work) -> tuple[Basis, Coordinates | None]:
+    """Return U and the sources' coordinates in it; None where all deltas are zero."""
+    sources = work.sources
+
+    def root(i: int) -> torch.Tensor:
+        return square_root(sources.a[i].whole(), sources.scalings[i], map)
+
+    roots = list(work.each(root, range(len(sources))))
+    left = left_basis(*_stacked(work, "B"), roots, work.each)
+    if not left.vectors.shape[1]:
+        return left, None
+    b = list(work.each(lambda i: _left(work, i, left), range(len(sources))))
+    held = list(work.each(lambda i: sources.a[i].whole(), range(work.task.factors)))
+
+    def a(i: int) -> torch.Tensor:
+        return held[i] if i < len(held) else sources.a[i].whole()
+
+    height = min(work.task.m, sum(_ranks(work)))
+    return left, Coordinates(work, "knots", b, a, (height, work.task.n))
+
+
 def merge_in_both_bases(work: Work) -> Truncation:
     """Return the triples of what a rule makes of the cores, in bases of all B's and all A's."""
-    total = sum(_ranks(work))
-    left = left_basis(*_stacked(work, "B"), None, work.each)
-    right = left_basis(*_stacked(work, "A"), None, work.each)
-    planned = min(work.task.m, total), min(work.task.n, total)
-    return _merge_cores(work, "core", left, right, planned)
+    return _merge_cores(work, *_in_both_bases(work))
 
 
 def merge_in_shared_bases(work: Work) -> Truncation:
     """Return the triples of what a rule makes of the cores, in two bases of the output's rank."""
+    return _merge_cores(work, *_in_shared_bases(work))
+
+
+def _merge_cores(work: Work, left: Basis, right: Basis, seen: Coordinates | None) -> Truncation:
+    """Return the triples of what a rule makes of the deltas' coordinates in two bases."""
+    if seen is None:
+        return _nothing(work, left, right)
+    u, v = left.vectors, right.vectors
+    triples = _merge(work, seen)
+    return replace(
+        triples,
+        u=u @ triples.u,
+        v=v @ triples.v,
+        directions=(u.shape[1], v.shape[1]),
+        gap=min(left.gap, right.gap),
+    )
+
+
+def _in_both_bases(work: Work) -> tuple[Basis, Basis, Coordinates | None]:
+    """Return both bases and the sources' cores; None where all B's, or all A's, are zero."""
+    total = sum(_ranks(work))
+    left = left_basis(*_stacked(work, "B"), None, work.each)
+    right = left_basis(*_stacked(work, "A"), None, work.each)
+    planned = min(work.task.m, total), min(work.task.n, total)
+    return left, right, _cores(work, "core", left, right, planned)
+
+
+def _in_shared_bases(work: Work) -> tuple[Basis, Basis, Coordinates | None]:
+    """Return both bases and the sources' cores in them; None where there are none."""
     everyone, rank = range(len(work.sources)), work.task.rank
     left, right = shared_bases(
         stack(work, everyone, "B", scaled=False),
@@ -70,13 +102,13 @@ def merge_in_shared_bases(work: Work) -> Truncation:
         beta=work.job.plan.parameters["beta"],
         each=work.each,
     )
-    return _merge_cores(work, "ctm", left, right, (rank, rank))
+    return left, right, _cores(work, "ctm", left, right, (rank, rank))
 
 
-def _merge_cores(
+def _cores(
     work: Work, name: str, left: Basis, right: Basis, planned: tuple[int, int]
-) -> Truncation:
-    """Return the triples of what a rule makes of the deltas' coordinates in two bases.
+) -> Coordinates | None:
+    """Return the deltas' coordinates in two bases.
 
     Args:
         work: the target.
@@ -87,21 +119,24 @@ def _merge_cores(
     """
     sources, u, v = work.sources, left.vectors, right.vectors
     if not u.shape[1] or not v.shape[1]:
-        return _nothing(work, left, right)
+        return None
 
     def core(i: int) -> tuple[torch.Tensor, torch.Tensor]:
         return core_factors(sources.b[i].whole(), sources.a[i].whole(), u, v)
 
     factors = list(work.each(core, range(len(sources))))
-    seen = Coordinates(work, name, [b for b, _ in factors], lambda i: factors[i][1], planned)
-    triples = _merge(work, seen)
-    return replace(
-        triples,
-        u=u @ triples.u,
-        v=v @ triples.v,
-        directions=(u.shape[1], v.shape[1]),
-        gap=min(left.gap, right.gap),
-    )
+    return Coordinates(work, name, [b for b, _ in factors], lambda i: factors[i][1], planned)
+
+
+def coordinates_of(work: Work) -> Coordinates | None:
+    """Return what a rule sees of a target in bases; None where there is nothing but zeros."""
+    bases: dict[str, Callable[[Work], tuple[*tuple[Basis, ...], Coordinates | None]]] = {
+        "left_basis": _in_left_basis,
+        "both_bases": _in_both_bases,
+        "shared_bases": _in_shared_bases,
+    }
+    *_, seen = bases[work.task.route](work)
+    return seen
 
 
 def _ranks(work: Work) -> list[int]:

@@ -92,6 +92,7 @@ class MergedTensors:
             keys=sources.keys(work.job, work.task.target, tensors.name),
             weights=work.weights,
             densities=sources.densities,
+            quotas=work.quotas(0),
         )
         self.tiles = MergedTiles(self._operands, work.options, stacked=work.task.stacked)
         self._open = ExitStack()

@@ -18,6 +18,7 @@ from streammerge.budget import AUTO, CPU, HEADROOM, Device, resident_bytes, roun
 from streammerge.errors import RecipeError
 from streammerge.hub import Ranges, Span
 from streammerge.kernels.bases import left_basis
+from streammerge.kernels.census import Cuts
 from streammerge.kernels.tiles import RuleOptions
 from streammerge.output.writer import RegionWriter
 from streammerge.plans import Plan, Region
@@ -57,6 +58,7 @@ class Job:
         deadline: float = math.inf,
         *,
         lease: Path | None = None,
+        cuts: Cuts | None = None,
     ) -> None:
         """Set it up.
 
@@ -67,7 +69,10 @@ class Job:
             starts: where each output file's data begin.
             deadline: when the run is over, on the clock of `time.monotonic`.
             lease: a file; when it is gone, the run is over.
+            cuts: thresholds over whole adapters, where they are known already.
         """
+        self.cuts = cuts
+        """Thresholds over whole adapters, where the plan has such, from the census on."""
         self.plan = plan
         self.adapters = adapters
         self.directory = directory

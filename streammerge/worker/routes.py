@@ -89,7 +89,9 @@ def _fold(work: Work, writers: Writers) -> None:
     weights = factor_weights(sources.weights, sources.scalings)
     whole_rows = RULES[job.options.rule].whole_rows
     sides = (("A", sources.a, writers.a), ("B", sources.b, writers.b))
-    for (side, readers, writer), side_weights in zip(sides, weights, strict=True):
+    for number, ((side, readers, writer), side_weights) in enumerate(
+        zip(sides, weights, strict=True)
+    ):
         spans = fold_tiles(*readers[0].matrix_shape, whole_rows=whole_rows)
         operands = Operands(
             spans=spans,
@@ -100,6 +102,7 @@ def _fold(work: Work, writers: Writers) -> None:
             keys=sources.keys(job, work.task.target, side),
             weights=side_weights,
             densities=sources.densities,
+            quotas=work.quotas(number),
         )
         merged = MergedTiles(operands, job.options, stacked=work.task.stacked)
         merged.find_thresholds(_streams(merged, len(spans), work.each))

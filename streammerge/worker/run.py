@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,6 +33,9 @@ from streammerge.worker.work import Team, Work, Writers
 T = TypeVar("T")
 R = TypeVar("R")
 
+Perform = Callable[[Job, Task, Each], Any]
+"""What an executor does with a task, the last argument going over parts of it."""
+
 _CPU = torch.device("cpu")
 
 
@@ -52,27 +55,45 @@ def run_task(job: Job, task: Task, each: Each = map, team: Team | None = None) -
         MergeFailedError: a subclass of it says what failed.
     """
     began = time.perf_counter()
+    # An extra tensor is read once, so it is not held, and its rows are not those of factors.
+    window = job.window if task.is_extra else task_window(job, task)
+
+    def merge(device: torch.device, lean: Task) -> Receipt:
+        if task.is_extra:
+            return write_extra(job, task)
+        first = lean is task
+        work = each if first else map
+        try:
+            return _run_on(device, job, lean, window, each=work, team=team if first else None)
+        except torch.OutOfMemoryError:
+            if team is not None:
+                team.part()
+            raise
+
+    return replace(attempt(job, task, merge), seconds=time.perf_counter() - began)
+
+
+def attempt(job: Job, task: Task, function: Callable[[torch.device, Task], R]) -> R:
+    """Apply a function to a task, and again with less memory when the device has too little.
+
+    Args:
+        job: what it belongs to.
+        task: what is to be done.
+        function: does it, on a device.
+
+    Raises:
+        MergeFailedError: a subclass of it says what failed.
+    """
     # The number of threads belongs to the calling thread; executors call from their own.
     if torch.get_num_threads() != 1:
         torch.set_num_threads(1)
-    # An extra tensor is read once, so it is not held, and its rows are not those of factors.
-    window = job.window if task.is_extra else task_window(job, task)
-    for device, attempt in _attempts(job.device, task):
+    for device, lean in _attempts(job.device, task):
         try:
             with told(job, task):
-                if task.is_extra:
-                    return replace(write_extra(job, task), seconds=time.perf_counter() - began)
-                first = attempt is task
-                work = each if first else map
-                receipt = _run_on(
-                    device, job, attempt, window, each=work, team=team if first else None
-                )
+                return function(device, lean)
         except torch.OutOfMemoryError as error:
             failure = error
-            if team is not None:
-                team.part()
             continue
-        return replace(receipt, seconds=time.perf_counter() - began)
     raise _exhausted(task) from failure
 
 

@@ -10,6 +10,7 @@ import torch
 
 from streammerge.draw import stream_key
 from streammerge.kernels.each import Each, Here, Over
+from streammerge.kernels.thresholds import Quota
 from streammerge.kernels.tiles import RuleOptions
 from streammerge.plans import Task
 from streammerge.spaces.exact import stack_weights
@@ -67,6 +68,17 @@ class Work:
         if self.team is not None:
             return self.team.over(part, count)
         return Here(here(), count, self.each)
+
+    def quotas(self, tensor: int) -> Sequence[Sequence[Quota]] | None:
+        """Return what each source keeps of a tensor; None where each tensor is cut on its own.
+
+        Args:
+            tensor: 0 for A, or for all that a rule sees of the target; 1 for B.
+        """
+        if self.job.plan.census is None:
+            return None
+        assert self.job.cuts is not None, "thresholds over whole adapters are found before"
+        return self.job.cuts.quotas(self.task.target, self.sources.positions, tensor)
 
     @property
     def weights(self) -> Sequence[float]:

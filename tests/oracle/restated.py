@@ -90,6 +90,15 @@ def prune_to_crumbs(x: Matrix, density: float, gamma: float) -> Matrix:
     return pruned.reshape(x.shape)
 
 
+def prune_together(tensors: Sequence[Matrix], density: float, gamma: float = 0.0) -> list[Matrix]:
+    """As if the tensors, in this order, were one vector: skip the int(gamma * size) largest, keep
+    the int(density * size) that follow, of equals the first."""
+    whole = np.concatenate([x.ravel() for x in tensors])
+    pruned = prune_to_crumbs(whole, density, gamma)
+    parts = np.split(pruned, np.cumsum([x.size for x in tensors])[:-1])
+    return [part.reshape(x.shape) for part, x in zip(parts, tensors, strict=True)]
+
+
 def prune_by_mask(x: Matrix, keep: Mask, density: float) -> Matrix:
     """Keep what the mask keeps, divided by the density."""
     if density >= 1:
@@ -203,6 +212,13 @@ def apply_rule(
         pruned = [prune_to_crumbs(x, density, parameters["gamma"]) for x in tensors]
     else:
         pruned = [prune_by_magnitude(x, density) for x in tensors]
+    return combine(rule, pruned, weights, majority_sign)
+
+
+def combine(
+    rule: str, pruned: Sequence[Matrix], weights: Sequence[float], majority_sign: str = "total"
+) -> Matrix:
+    """What a rule makes of tensors that it has pruned."""
     if rule in ("ties", "dare_ties", "della"):
         return disjoint_mean(pruned, weights, majority_sign)
     assert rule in ("magnitude_prune", "dare_linear", "della_linear", "breadcrumbs"), rule
