@@ -291,6 +291,7 @@ CASES = (
     "breadcrumbs@delta",
     "ties@core",
     "magnitude_prune@knots",
+    "ties@ctm",
 )
 
 Saved = Callable[[str], list[str]]
