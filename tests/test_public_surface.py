@@ -122,7 +122,15 @@ class TestNames:
         assert all(compress[name].default == merge[name].default for name in both)
         assert merge.keys() - compress.keys() == {
             *("adapters", "method", "weights", "density", "parameters", "normalize", "space"),
-            *("majority_sign", "clamp", "seed", "strict_base", "push", "private"),
+            *(
+                "majority_sign",
+                "threshold_scope",
+                "clamp",
+                "seed",
+                "strict_base",
+                "push",
+                "private",
+            ),
         }
 
 
