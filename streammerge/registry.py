@@ -29,6 +29,9 @@ GROUP = "streammerge.rules"
 TAKEN = frozenset({"weight", "density", "normalize", "lambda"})
 """What a recipe file calls other things by, and no parameter may be called."""
 
+NEEDED = {"middle": "gamma", "ranked": "epsilon"}
+"""The parameter by which elements of a sparsity are chosen, besides the density."""
+
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _PLACE = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
 
@@ -186,8 +189,9 @@ def _faults_of_rule(rule: RuleSpec) -> Iterator[str]:
         yield f"sparsity is {rule.sparsity!r}; it is one of {', '.join(get_args(Sparsity))}"
     if min(rule.sweeps, rule.operations) < 1 or rule.tile_buffers < 0:
         yield "sweeps and operations are at least 1, tile_buffers at least 0"
-    if rule.sparsity == "middle" and "gamma" not in {one.name for one in rule.parameters}:
-        yield "what drops outliers takes a parameter gamma, the share of them"
+    needed = NEEDED.get(rule.sparsity)
+    if needed and needed not in {one.name for one in rule.parameters}:
+        yield f"with the sparsity {rule.sparsity!r} it takes a parameter {needed}"
     for parameter in rule.parameters:
         if not _NAME.fullmatch(parameter.name) or parameter.name in TAKEN:
             yield f"no parameter can be called {parameter.name!r}"

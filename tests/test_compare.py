@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -45,6 +46,9 @@ METHODS = (
     "model_stock",
     "karcher",
     "tsv",
+    "sce",
+    "della_linear",
+    "consensus",
     "ties@core",
     "dare_ties@knots",
 )
@@ -499,6 +503,12 @@ def test_the_command_shows_and_writes_nothing(
     assert [head for head in heads if head in ("svd", "ties_svd", "cat")] == ["svd", "cat"]
     assert all(any(line.startswith(path) for line in lines) for path in sources)
     assert not list((tmp_path / "here").iterdir())
+
+
+def test_the_command_takes_what_the_call_takes() -> None:
+    options = {str(parameter.name) for parameter in main.commands["compare"].params}
+    arguments = set(inspect.signature(streammerge.compare).parameters)
+    assert options - {"as_json"} == arguments - {"on_event", "on_module"}
 
 
 def test_the_command_for_machines(tmp_path: Path) -> None:

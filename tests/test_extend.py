@@ -378,6 +378,7 @@ def test_a_merge_by_one_of_our_own_loads_no_declaration(
         (declaring(spec="kind='spectral'"), "its kind is spectral"),
         (declaring(spec="sparsity='some'"), "sparsity is 'some'"),
         (declaring(spec="sparsity='middle'"), "takes a parameter gamma"),
+        (declaring(spec="sparsity='ranked'"), "takes a parameter epsilon"),
         (declaring(spec="tile_buffers=-1"), "tile_buffers at least 0"),
         (
             declaring(spec="parameters=(Parameter('weight', 0.5, 0, 1, 'x'),)"),

@@ -212,14 +212,6 @@ _RULE = (
         help="How ties elects a sign: of the sum, or of the most adapters.",
     ),
     click.option(
-        "--threshold-scope",
-        type=Word(*THRESHOLD_SCOPES),
-        default="tensor",
-        show_default=True,
-        help="Where ties and magnitude_prune look for the largest: in each tensor, or in the whole "
-        "adapter.",
-    ),
-    click.option(
         "--clamp",
         type=float,
         metavar="QUANTILE",
@@ -235,6 +227,18 @@ _RULE = (
     ),
     _COMPUTE_DTYPE,
 )
+
+_SCOPE = (
+    click.option(
+        "--threshold-scope",
+        type=Word(*THRESHOLD_SCOPES),
+        default="tensor",
+        show_default=True,
+        help="Where ties and magnitude_prune look for the largest: in each tensor, or in the whole "
+        "adapter.",
+    ),
+)
+"""What is one for all of an adapter's targets is none for a sample of them."""
 
 _CHOICE = (
     click.option("--include", metavar="RE", help="Merge only modules in whose name RE is found."),
@@ -360,7 +364,7 @@ _OVERWRITE = (
 _RUN = (click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),)
 
 _SECTIONS = {
-    "What to make": (*_METHOD, *_RULE),
+    "What to make": (*_METHOD, *_RULE, *_SCOPE),
     "What to take": (*_CHOICE, *_INPUTS, *_INPUTS_TOGETHER),
     "Memory and machine": _MACHINE,
     OUTPUT: (*_OUTPUT, *_OVERWRITE),
