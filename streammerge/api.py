@@ -464,6 +464,15 @@ def compress(
         resume: go on where it was stopped.
         time_limit: stop after this long.
         on_event: called with what happens.
+
+    Returns:
+        Where the output lies, and what became of each target.
+
+    Raises:
+        RefusedError: before any work, as of `merge`.
+        MergeFailedError: during the work.
+        StoppedError: at the time limit; what is done is kept.
+        PublishedError: with `resume`, the output is there already.
     """
     return merge(
         [adapter],
