@@ -45,6 +45,7 @@ from oracle.masks import stream_masks
 from oracle.peft_oracle import read_adapter
 from oracle.restated import Matrix, Source
 from streammerge import errors, events
+from streammerge.budget import resident_bytes
 from streammerge.catalog import METHODS, SPACES
 from streammerge.cli import main
 from streammerge.errors import RecipeError
@@ -642,13 +643,16 @@ def test_a_file_for_diffusers(tmp_path: Path) -> None:
     [
         {"workers": 2},
         {"workers": 3, "io": "pread", "max_memory": "2GiB"},
-        {"workers": 1, "max_memory": "700MiB", "scratch": "none"},
+        {"workers": 1, "max_memory": "little", "scratch": "none"},
     ],
     ids=str,
 )
 def test_whatever_the_machine(
     more: dict[str, Any], adapters: list[Path], plain: Path, tmp_path: Path
 ) -> None:
+    if more.get("max_memory") == "little":
+        # What fits hangs on what this process, which runs other tests too, has grown to.
+        more = {**more, "max_memory": resident_bytes() + 400 * 2**20}
     merge(adapters, tmp_path / "out", **more)
     assert written(tmp_path / "out") == written(plain)
 
