@@ -62,7 +62,11 @@ WEIGHTS_GIVEN = (1.0, -0.6, 0.3)
 
 METHOD_NAMES = (*METHODS, *IN_BASES)
 BY_THRESHOLD = tuple(n for n in METHOD_NAMES if rule_of(n).sparsity in ("largest", "varied"))
-STREAMED = tuple(n for n, m in METHODS.items() if m.space == "delta" and m.rule != "linear")
+STREAMED = tuple(
+    name
+    for name, method in METHODS.items()
+    if method.space == "delta" and rule_of(name).kind == "element-wise" and method.rule != "linear"
+)
 
 Saved = Callable[[str], list[Path]]
 
