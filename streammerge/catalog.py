@@ -58,6 +58,8 @@ class RuleSpec:
     """Numbers that it takes besides weights and density."""
     most_adapters: int | None = None
     """How many adapters may have a target at most."""
+    of_rank: bool = False
+    """Whether what it makes depends on the output's rank, which has to be a number then."""
     shares: bool = False
     """Whether it goes by each weight's share of their sum, which must not be zero then."""
 
@@ -299,12 +301,14 @@ RULES: dict[str, RuleSpec] = {
             kind="spectral",
             summary="the sum, with one singular value for all of its directions",
             source="Marczak et al. 2025, arXiv 2502.04959",
+            of_rank=True,
         ),
         RuleSpec(
             name="iso_cts",
             kind="spectral",
             summary="directions of the sum and of each adapter alone, with one singular value",
             source="Marczak et al. 2025, arXiv 2502.04959",
+            of_rank=True,
             parameters=(
                 Parameter("common", 0.8, 0.0, 1.0, "share of the directions that are the sum's"),
             ),

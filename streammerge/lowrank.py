@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import pad
 
+from streammerge.planner.memory import QR_ROWS
+
 ENERGY_TOLERANCE = 1e-4
 """A residual norm this much above the best possible one, relatively, is good enough."""
 
@@ -82,10 +84,6 @@ def thin_qr(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     for part, turn in zip(parts, above, strict=True):
         part.copy_(part[:, : len(turn)] @ turn)
     return q, r.to(matrix.dtype)
-
-
-QR_ROWS = 1024
-"""Rows that are decomposed at once."""
 
 
 def truncate_product(b: torch.Tensor, a: torch.Tensor, rank: int) -> Truncation:

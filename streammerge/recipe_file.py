@@ -63,7 +63,7 @@ _FOREIGN = {
     "chat_template": "adapters have no chat template",
     "int8_mask": "masks take no memory here",
     "rescale": "dare divides by the density, as published",
-    "t": "the method is not here",
+    "t": "slerp goes by the weights, of which t is the second one's share: 1 - t and t",
 }
 """Words of mergekit that have no meaning here, and why."""
 

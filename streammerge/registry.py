@@ -32,6 +32,11 @@ TAKEN = frozenset({"weight", "density", "normalize", "lambda"})
 NEEDED = {"middle": "gamma", "ranked": "epsilon"}
 """The parameter by which elements of a sparsity are chosen, besides the density."""
 
+_OF_SPACES = frozenset(
+    parameter.name for space in catalog.SPACES.values() for parameter in space.parameters
+)
+"""Parameters of spaces, which go with any rule."""
+
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _PLACE = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
 
@@ -193,7 +198,7 @@ def _faults_of_rule(rule: RuleSpec) -> Iterator[str]:
     if needed and needed not in {one.name for one in rule.parameters}:
         yield f"with the sparsity {rule.sparsity!r} it takes a parameter {needed}"
     for parameter in rule.parameters:
-        if not _NAME.fullmatch(parameter.name) or parameter.name in TAKEN:
+        if not _NAME.fullmatch(parameter.name) or parameter.name in TAKEN | _OF_SPACES:
             yield f"no parameter can be called {parameter.name!r}"
         if not parameter.takes(parameter.default):
             yield f"the default of {parameter.name} is out of its range"

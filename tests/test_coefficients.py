@@ -156,8 +156,28 @@ def test_adapters_of_zeros(method: str) -> None:
     fresh = Source(fresh.a, np.zeros_like(fresh.b), 1.0)
     assert not merge([fresh, fresh], [1.0, 1.0], method, rank=4, **EXACT).any()
     found = merge([first, fresh], [1.0, 3.0], method, rank=30, **EXACT)
-    share = {"slerp": 0.25, "model_stock": 0.0}.get(method, 0.25)
-    assert relative_error(found + 1e-30, share * first.delta + 1e-30) < 1e-10
+    assert relative_error(found, 0.25 * first.delta) < 1e-10
+
+
+def test_model_stock_counts_those_that_are_there() -> None:
+    """Adapters of zeros, or of weight 0, change neither N nor the mean cosine."""
+    first, second, fresh = sources(3)
+    zeros = Source(fresh.a, np.zeros_like(fresh.b), 1.0)
+    both = merge([first, second], [1.0, 1.0], "model_stock", rank=30, **EXACT)
+    with_zeros = merge([first, second, zeros], [1.0, 1.0, 0.0], "model_stock", rank=30, **EXACT)
+    without = merge([first, second, fresh], [1.0, 1.0, 0.0], "model_stock", rank=30, **EXACT)
+    assert relative_error(with_zeros, both) < 1e-11
+    assert relative_error(without, both) < 1e-11
+
+
+@pytest.mark.parametrize("method", ["multislerp", "karcher"])
+def test_a_negative_weight_is_that_of_the_opposite(method: str) -> None:
+    first, second, third = sources(3)
+    against = Source(second.a, -second.b, second.scaling)
+    found = merge([first, second, third], [2.0, -1.0, 0.5], method, rank=30, **EXACT)
+    expected = merge([first, against, third], [2.0, 1.0, 0.5], method, rank=30, **EXACT)
+    assert relative_error(found, expected) < 1e-11
+    assert (found * (2 * first.delta - second.delta)).sum() > 0
 
 
 def test_right_across_from_each_other() -> None:
@@ -195,6 +215,7 @@ def test_groups_of_sources_meet() -> None:
     [
         ("slerp", {"count": 3}, ("slerp", "2 adapters", "karcher")),
         ("karcher", {"weights": (1.0, -1.0)}, ("karcher", "zero")),
+        ("norm_matched", {"count": 3, "weights": (0.1, 0.2, -0.3)}, ("norm_matched", "zero")),
         ("karcher", {"space": "factor"}, ("karcher", "factor", "exact, delta")),
         ("karcher", {"space": "core"}, ("karcher", "core", "exact, delta")),
         ("model_stock", {"density": 0.5}, ("density", "model_stock")),

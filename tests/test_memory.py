@@ -75,10 +75,10 @@ def test_a_merge_under_a_hard_cap(
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "free" / WEIGHTS).read_bytes()
 
 
-def smallest_budget(adapters: list[str], method: str) -> int:
+def smallest_budget(adapters: list[str], method: str, **more: Any) -> int:
     """Return the smallest budget of a fresh process, which reserves less than this one."""
     with pytest.raises(errors.BudgetError) as refused:
-        streammerge.plan(adapters, max_memory="1MiB", **options(method))
+        streammerge.plan(adapters, max_memory="1MiB", **{**options(method), **more})
     return refused.value.projected_bytes + Budget(0, "", threads=1).reserved_bytes
 
 
@@ -136,6 +136,29 @@ def test_every_task_keeps_its_projection(
     measured = task_peaks(adapters, max_memory=allowed, workers=workers, **options(method))
     if memory == "ample" and method in ("ties_svd", "dare_linear_svd"):
         assert {task["lanes"] for task in measured["tasks"]} == {workers}
+    for task in measured["tasks"]:
+        assert task["peak_bytes"] <= task["projected_bytes"], task
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "shape", "more"),
+    [
+        ("tsv", 16, (4096, 4096, 32), {}),
+        ("tsv", 8, (256, 16384, 64), {}),
+        ("tsv", 8, (4096, 4096, 32), {"compute_dtype": "float64"}),
+        ("tsv", 40, (4096, 4096, 32), {"rank": 16}),
+        ("slerp", 2, (8192, 8192, 512), {"rank": 16}),
+        ("karcher", 6, (8192, 8192, 256), {"space": "exact"}),
+    ],
+)
+def test_rules_on_wholes_keep_their_projection(
+    method: str, count: int, shape: tuple[int, int, int], more: dict[str, Any], tmp_path: Path
+) -> None:
+    """So many columns that what is held of them is most of what is held."""
+    adapters = make(tmp_path / "in", count, {"up": linear(*shape)}, dtype="BF16")
+    chosen = {**options(method), **more}
+    allowed = smallest_budget(adapters, method, **more)
+    measured = task_peaks(adapters, max_memory=allowed, workers=1, **chosen)
     for task in measured["tasks"]:
         assert task["peak_bytes"] <= task["projected_bytes"], task
 

@@ -73,6 +73,13 @@ def defined(
     return wholes.iso_cts(deltas, weights, rank, **more)
 
 
+def whole(method: str, adapters: Sequence[Source], weights: Sequence[float]) -> Matrix:
+    """What is cut to a rank: of the isotropic rules nothing is."""
+    if method == "tsv":
+        return wholes.tsv([source.delta for source in adapters], weights)
+    return defined(method, adapters, weights, 6)
+
+
 # ---------------------------------------------------------------------------------------------
 # The definitions
 
@@ -134,9 +141,16 @@ def test_an_adapter_twice(method: str) -> None:
     first, second = CASES["few"][:2]
     adapters, weights = [first, second, first], (1.0, 0.5, 0.7)
     for compute in ("float32", "float64"):
-        found, _ = merge(adapters, weights, method, rank=6, compute_dtype=compute, dtype="float64")
+        found, report = merge(
+            adapters, weights, method, rank=6, compute_dtype=compute, dtype="float64"
+        )
         expected = defined(method, adapters, weights, 6)
         assert relative_error(found, expected) < (1e-9 if compute == "float64" else 1e-4)
+        assert report.relative_error == pytest.approx(
+            float(np.linalg.norm(whole(method, adapters, weights) - found))
+            / float(np.linalg.norm(whole(method, adapters, weights))),
+            abs=1e-3,
+        )
 
 
 @pytest.mark.parametrize("method", [*NAMES, "ctm"])
@@ -311,6 +325,8 @@ def test_fewer_directions_than_the_rank() -> None:
         ("tsv", {"space": "core"}, ("tsv", "core", "delta")),
         ("iso_c", {"space": "exact"}, ("iso_c", "exact")),
         ("iso_cts", {"parameters": {"common": 1.5}}, ("common", "[0, 1]", "1.5")),
+        ("iso_c", {"rank": "energy:0.9,max:8"}, ("iso_c", "number")),
+        ("iso_cts", {"rank": "error:0.1"}, ("iso_cts", "number")),
         ("svd", {"parameters": {"beta": 0.5}}, ("beta", "linear in space delta")),
         ("ctm", {"parameters": {"beta": -1}}, ("beta", "[0, 1]")),
     ],

@@ -42,7 +42,10 @@ def methods(as_json: bool) -> None:
     about: list[tuple[str, object]] = [
         (f"space {space.name}:", _about(space)) for space in SPACES.values()
     ]
-    about += [("any rule:", "in any space by --space; but exact is for sums alone")]
+    about += [
+        ("element-wise rules:", "in any space by --space, but exact, which is for sums"),
+        ("coefficient rules:", "in delta and exact; spectral rules: in delta"),
+    ]
     for owner, parameters in _owners():
         about += [
             (f"{one.name} ({owner}):", f"{one.about}; {one.default:g} unless --parameters say so")

@@ -135,8 +135,10 @@ class Parameters(click.ParamType[dict[str, float]]):
         found: dict[str, float] = {}
         for part in value.split(","):
             name, equals, number = (word.strip() for word in part.partition("="))
-            if not name or not equals or name in found:
+            if not name or not equals:
                 self.fail(f"{value!r} is no mapping of the form NAME=VALUE,NAME=VALUE", param, ctx)
+            if name in found:
+                self.fail(f"{name} is given twice", param, ctx)
             try:
                 found[name] = float(number)
             except ValueError:

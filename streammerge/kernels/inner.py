@@ -32,15 +32,17 @@ def inner_products(
     count = len(ranks)
     result = torch.zeros(count, count, dtype=torch.float64)
     for number, group in enumerate(groups):
-        b, a = stacks(group)
+        mine = stacks(group)
         own = [ranks[i] for i in group]
         for other in groups[number:]:
             others = [ranks[i] for i in other]
-            other_b, other_a = (b, a) if other is group else stacks(other)
-            met = cross(b, other_b, each).mul_(cross(a.mT, other_a.mT, each))
-            sums = _block_sums(met, own, others).cpu()
+            theirs = mine if other is group else stacks(other)
+            sums = _block_sums(mine, theirs, (own, others), each)
+            # Not to be held while the next ones are made.
+            del theirs
             result[group.start : group.stop, other.start : other.stop] = sums
             result[other.start : other.stop, group.start : group.stop] = sums.mT
+        del mine
     return result
 
 
@@ -64,7 +66,12 @@ def cross(x: torch.Tensor, y: torch.Tensor, each: Each) -> torch.Tensor:
     return result
 
 
-def _block_sums(met: torch.Tensor, rows: Sequence[int], columns: Sequence[int]) -> torch.Tensor:
-    """Return the sum of each block of a matrix that is cut into so many rows and columns."""
-    by_row = torch.stack([part.sum(0) for part in torch.split(met, list(rows))])
-    return torch.stack([part.sum(1) for part in torch.split(by_row, list(columns), dim=1)], dim=1)
+def _block_sums(
+    left: Stacks, right: Stacks, ranks: tuple[Sequence[int], Sequence[int]], each: Each
+) -> torch.Tensor:
+    """Return the inner products of two groups, from the sums of blocks of (BᵀB')∘(AA'ᵀ)."""
+    met = cross(left[0], right[0], each).mul_(cross(left[1].mT, right[1].mT, each))
+    rows, columns = map(list, ranks)
+    by_row = torch.stack([part.sum(0) for part in torch.split(met, rows)])
+    sums = [part.sum(1) for part in torch.split(by_row, columns, dim=1)]
+    return torch.stack(sums, dim=1).cpu()

@@ -7,7 +7,8 @@ import math
 import torch
 
 from streammerge.kernels.each import Each
-from streammerge.kernels.grams import gram, multiply
+from streammerge.kernels.grams import gram
+from streammerge.tiling import gram_rows
 
 NULL = 1e-6
 """Singular values below this share of the largest are rounding, and have no direction."""
@@ -20,7 +21,7 @@ def polar(x: torch.Tensor, each: Each) -> torch.Tensor:
     two Gram matrices in float64: x·(xᵀ·x)^(-1/2), or (x·xᵀ)^(-1/2)·x.
 
     Args:
-        x: l × k.
+        x: l × k; it is overwritten, and what is returned lies in its place.
         each: goes over blocks.
 
     Raises:
@@ -40,4 +41,11 @@ def polar(x: torch.Tensor, each: Each) -> torch.Tensor:
     kept = vectors[:, roots > NULL * roots[-1]]
     inverse = (kept / roots[roots > NULL * roots[-1]]) @ kept.mT
     del vectors, kept
-    return multiply(x, inverse, each)
+
+    def turn(span: tuple[int, int]) -> None:
+        part = x[slice(*span)]
+        part.copy_(part.double() @ inverse)
+
+    for _ in each(turn, gram_rows(rows)):
+        pass
+    return x

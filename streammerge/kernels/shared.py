@@ -7,7 +7,7 @@ nor is anything larger than the factors and their Gram matrices.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,7 @@ def shared_bases(
     rank: int,
     beta: float,
     each: Each,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[Basis, Basis]:
     """Return U (m × rank) and V (n × rank) in which N deltas keep the most, all at once.
 
@@ -68,6 +69,7 @@ def shared_bases(
         rank: of the bases; fewer columns where the deltas span fewer.
         beta: see above.
         each: goes over blocks.
+        check: called before each sweep; ends it by raising.
 
     Raises:
         FloatingPointError: a norm is not finite.
@@ -80,6 +82,7 @@ def shared_bases(
     )
     x, y = _leading(left, right, rank), _leading(right, left, rank)
     for _ in range(SWEEPS if x.shape[1] and y.shape[1] else 0):
+        check()
         x_next = _turned(left, right, x, y)
         y_next = _turned(right, left, y, x_next)
         moved = max(_distance(left, x, x_next), _distance(right, y, y_next))

@@ -17,6 +17,10 @@ from streammerge.recipe import Recipe
 Floats = npt.NDArray[np.float64]
 
 
+CANCELLED = 1e-12
+"""A sum of weights that is this share of their magnitudes is zero."""
+
+
 def check_range(adapters: Sequence[Adapter], sources: Sources, dtype: str) -> None:
     """Check that the compute dtype can hold every weight times every scaling.
 
@@ -70,7 +74,9 @@ def check_sources(sources: Sources, alignment: Alignment, rule: RuleSpec) -> Non
                 "have it; multislerp and karcher take any number",
                 option="method",
             )
-        if rule.shares and float(sources.weight[group.first : group.last].sum()) == 0.0:
+        weights = sources.weight[group.first : group.last]
+        # What is left of weights that cancel is rounding.
+        if rule.shares and abs(weights.sum()) <= CANCELLED * np.abs(weights).sum():
             raise RecipeError(
                 f"{group.target}: {rule.name} goes by each weight's share of their sum, which is "
                 "zero",

@@ -262,6 +262,12 @@ def _check_options(recipe: Recipe, rule: RuleSpec, space: SpaceSpec) -> None:
         )
     if recipe.threshold_scope == "global":
         _check_global(recipe, rule, what)
+    if rule.of_rank and isinstance(recipe.rank, RankPolicy):
+        raise RecipeError(
+            f"{what} makes another matrix for each rank, so that none can be told from what it "
+            "keeps: give a number",
+            option="rank",
+        )
     for option in ("rank", "clamp"):
         if getattr(recipe, option) is not None and not space.truncates:
             raise RecipeError(

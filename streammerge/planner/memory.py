@@ -37,6 +37,9 @@ CONNECTIONS_BYTES = 8 * 1024**2
 
 PAGE_BYTES = 4096
 
+QR_ROWS = 1024
+"""Rows of a tall matrix that are decomposed at once."""
+
 PINNED_BYTES = 4 * 1024**2
 """Of pinned memory for a piece of a factor on its way to a device."""
 
@@ -308,7 +311,7 @@ def _spectral(shape: Shape, course: Course, lanes: int) -> int:
     finding = 6 * largest * sides * DOUBLE + (shape.rank * shape.m * (DOUBLE + shape.item))
     order = max(min(k, side) for side in (shape.m, shape.n))
     rows = longest(gram_rows(longer))
-    turning = k * longer * shape.item + 5 * order * order * DOUBLE
+    turning = 5 * order * order * DOUBLE
     turning += lanes * 2 * rows * k * DOUBLE
     if course.passes:
         truncating = _krylov(shape, course, lanes) + 3 * longer * PROBES * shape.item
@@ -316,7 +319,9 @@ def _spectral(shape: Shape, course: Course, lanes: int) -> int:
     elif shape.item != DOUBLE and k <= shape.small:
         truncating = _gram(shape, lanes) - stacks
     else:
-        truncating = _core(shape) - stacks
+        # V lies by rows, which LAPACK copies; the triangles of a QR by blocks, and theirs.
+        above = -(-longer // QR_ROWS) * min(k, QR_ROWS) * k * (2 * DOUBLE + shape.item)
+        truncating = _core(shape) - stacks + k * longer * shape.item + above
     return stacks + max(finding, turning, truncating) + _pair(shape)
 
 

@@ -27,4 +27,5 @@ def iso_cts(spectrum: Spectrum[T]) -> T:
             for common, mine in zip((u, s, v), of_each, strict=True)
         )
     mean = s.sum() / max(1, len(s))
-    return spectrum.whole(spectrum.polar(u), mean.expand(len(s)), spectrum.polar(v))
+    # Of directions that several have polar leaves fewer, so this is no SVD yet.
+    return spectrum.product(spectrum.polar(u).mul_(mean), spectrum.polar(v).mT)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from streammerge.rules.inner import Inner
-from streammerge.rules.sphere import at_length_one, step
+from streammerge.rules.sphere import at_length_one, facing, step
 
 STEPS = 200
 """At most; directions that are not right across from each other take some ten."""
@@ -20,11 +20,12 @@ SETTLED = 1e-14
 
 def karcher(inner: Inner) -> torch.Tensor:
     """Return the coefficients of the mean direction, at the mean length, by the shares."""
-    point = at_length_one(inner.shares, inner.cosines)
+    signs, shares, cosines = facing(inner)
+    point = at_length_one(shares, cosines)
     for _ in range(STEPS):
-        following = step(point, inner.shares, inner.cosines)
+        following = step(point, shares, cosines)
         moved = following - point
         point = following
-        if float(moved @ inner.cosines @ moved) <= SETTLED**2:
+        if float(moved @ cosines @ moved) <= SETTLED**2:
             break
-    return point * (inner.shares @ inner.norms) * inner.inverse_norms
+    return signs * point * (shares @ inner.norms) * inner.inverse_norms

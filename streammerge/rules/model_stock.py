@@ -11,11 +11,14 @@ def model_stock(inner: Inner) -> torch.Tensor:
     """Return t times the shares of the weights, with t = N·cos θ/(1 + (N - 1)·cos θ).
 
     cos θ is the mean cosine of all pairs. The more the deltas agree, the nearer t is to 1; where
-    they are at right angles, or lead apart, it is 0.
+    they are at right angles, or lead apart, it is 0. N and the pairs are of those that are not
+    zero, nor their weights; one such delta is taken whole.
     """
-    count = len(inner.weights)
-    if count == 1:
-        return torch.ones(1, dtype=torch.float64)
-    pairs = inner.cosines.sum() - inner.cosines.diagonal().sum()
+    there = (inner.norms > 0) & (inner.shares != 0)
+    count = int(torch.count_nonzero(there))
+    if count < 2:
+        return inner.shares
+    cosines = inner.cosines[there][:, there]
+    pairs = cosines.sum() - cosines.diagonal().sum()
     cosine = max(0.0, float(pairs) / (count * (count - 1)))
     return count * cosine / (1 + (count - 1) * cosine) * inner.shares

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from streammerge.rules.inner import Inner
-from streammerge.rules.sphere import at_length_one, step
+from streammerge.rules.sphere import at_length_one, facing, step
 
 
 def multislerp(inner: Inner) -> torch.Tensor:
@@ -14,6 +14,6 @@ def multislerp(inner: Inner) -> torch.Tensor:
     From the direction of the mean of the deltas at length 1, one step along the sphere; its length
     is the mean of theirs, all by the shares of the weights.
     """
-    start = at_length_one(inner.shares, inner.cosines)
-    point = step(start, inner.shares, inner.cosines)
-    return point * (inner.shares @ inner.norms) * inner.inverse_norms
+    signs, shares, cosines = facing(inner)
+    point = step(at_length_one(shares, cosines), shares, cosines)
+    return signs * point * (shares @ inner.norms) * inner.inverse_norms

@@ -8,7 +8,7 @@ from streammerge.rules.inner import Inner
 
 
 def norm_matched(inner: Inner) -> torch.Tensor:
-    """Return the shares of the weights times Σ share·‖Δ‖ over ‖Σ share·Δ‖.
+    """Return the shares of the weights times Σ |share|·‖Δ‖ over ‖Σ share·Δ‖.
 
     The mean of N deltas at right angles is shorter than they are by √N; this one is not. A mean of
     zero has no direction, and stays zero.

@@ -8,8 +8,22 @@ from __future__ import annotations
 
 import torch
 
+from streammerge.rules.inner import Inner
+
 NEAR = 1e-12
 """An angle below this is none."""
+
+
+def facing(inner: Inner) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return which way each direction faces, their shares, and their cosines as they face.
+
+    A negative weight is that of the opposite direction: -1 and 2 of u and v are 1 and 2 of -u and
+    v.
+    """
+    weights = torch.tensor(list(inner.weights), dtype=torch.float64)
+    signs = torch.where(weights < 0, -1.0, 1.0).double()
+    shares = weights.abs() / weights.abs().sum()
+    return signs, shares, inner.cosines * torch.outer(signs, signs)
 
 
 def step(point: torch.Tensor, shares: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor:

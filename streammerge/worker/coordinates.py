@@ -101,6 +101,7 @@ def _in_shared_bases(work: Work) -> tuple[Basis, Basis, Coordinates | None]:
         rank=rank,
         beta=work.job.plan.parameters["beta"],
         each=work.each,
+        check=work.job.check,
     )
     return left, right, _cores(work, "ctm", left, right, (rank, rank))
 

@@ -40,7 +40,7 @@ def merge_spectral(work: Work) -> Truncation:
 
 def _product(work: Work, b: torch.Tensor, a: torch.Tensor, rank: int) -> Truncation:
     """Return the leading triples of B·A, as those of a weighted sum are found."""
-    if work.task.passes:
+    if work.task.passes and b.shape[1] > work.task.block:
         start, probes = work.gaussian("krylov", work.task.block), work.gaussian("probes", PROBES)
         held = FactorSum(Here([lambda: (b, a)], 1, work.each), probes)
         found = block_krylov(held, rank, start, work.task.passes, work.each)
