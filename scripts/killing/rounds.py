@@ -43,13 +43,16 @@ class Round:
         methods = list(METHODS)
         way = number // len(methods)
         method = methods[number % len(methods)]
+        rule = RULES[METHODS[method].rule]
         return cls(
             method=method,
-            inputs=tuple(inputs),
+            inputs=tuple(inputs)[: rule.most_adapters],
             folder=folder,
             workers=1 + (number + way) % 2,
             over_another=(number + way // 2) % 2 == 1,
-            late=SPACES[METHODS[method].space].truncates and (number + way) % 3 != 0,
+            late=SPACES[METHODS[method].space].truncates
+            and not rule.of_rank
+            and (number + way) % 3 != 0,
         )
 
     def __str__(self) -> str:
