@@ -311,7 +311,7 @@ def _spectral(shape: Shape, course: Course, lanes: int) -> int:
     finding = 6 * largest * sides * DOUBLE + (shape.rank * shape.m * (DOUBLE + shape.item))
     order = max(min(k, side) for side in (shape.m, shape.n))
     rows = longest(gram_rows(longer))
-    turning = 5 * order * order * DOUBLE
+    turning = 6 * order * order * DOUBLE
     turning += lanes * 2 * rows * k * DOUBLE
     if course.passes:
         truncating = _krylov(shape, course, lanes) + 3 * longer * PROBES * shape.item
