@@ -150,7 +150,7 @@ def _sound() -> Iterator[Declaration]:
 def brought() -> tuple[Brought, ...]:
     """Return what entry points bring, in the order of the distributions' names."""
     # Takes as long to load as all else that `streammerge --help` does.
-    from importlib.metadata import entry_points  # noqa: PLC0415
+    from importlib.metadata import entry_points  # noqa: PLC0415  # only for others' rules
 
     return without_clashes(sorted(map(read, entry_points(group=GROUP)), key=_order))
 
