@@ -14,7 +14,7 @@ import streammerge
 from capped import MIB, run_cli, task_peaks
 from dialects import pairs, write_mlx
 from making import PREFIX, Layer, embedding, encode, linear, write_adapter
-from names import PAIRS, chosen, most, rule_of
+from names import PAIRS, chosen, most, rule_of, space_of
 from streammerge import draw, errors
 from streammerge.budget import Budget, granted_by_machine, parse_size
 from streammerge.kernels.thresholds import PANEL_GATHERED
@@ -33,8 +33,9 @@ def make(folder: Path, count: int, layers: dict[str, Layer], dtype: str = "BF16"
 
 
 def options(method: str) -> dict[str, object]:
-    """What a method needs."""
-    return {**chosen(method)} | ({"density": 0.2} if rule_of(method).needs_density else {})
+    """What a method needs; bases of few columns are found in less time."""
+    density = {"density": 0.2} if rule_of(method).needs_density else {}
+    return {**chosen(method), **density} | ({"rank": 12} if space_of(method) == "ctm" else {})
 
 
 def flags(method: str) -> list[str]:
