@@ -396,6 +396,7 @@ def merge(
         *_short(modules, planned),
         *_missed(modules),
         *_undecided(modules),
+        *_unsettled(modules, planned),
         *(f"{left}; the next merge clears up" for left in staging.left),
     ]
     for notice in late:
@@ -549,6 +550,19 @@ def _undecided(modules: Sequence[ModuleReport]) -> list[str]:
         f"the bases of {len(undecided)} targets have singular values that are as good as equal "
         f"(such as {undecided[0]}), so that rounding decides between their directions: on other "
         "hardware the result may be another one"
+    )
+    return [notice]
+
+
+def _unsettled(modules: Sequence[ModuleReport], planned: Plan) -> list[str]:
+    steps = [(module.last_step, module.target) for module in modules if module.last_step]
+    if not steps:
+        return []
+    longest, target = max(steps)
+    notice = (
+        f"in {len(steps)} targets the iteration of {planned.rule} in {planned.space} space had not "
+        f"come to rest when its steps were used up: its last one was of {longest:.1e} at most (in "
+        f"{target}); streammerge.json says of how much in each"
     )
     return [notice]
 
