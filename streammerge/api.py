@@ -24,6 +24,7 @@ from streammerge.preparation import StrPath, bring, make_recipe, open_cluster, p
 from streammerge.publishing import Pushed, check_push, push, upload
 from streammerge.publishing import push as push_output
 from streammerge.readers import read_adapter
+from streammerge.recipe import as_limit
 from streammerge.verification import verify
 
 __all__ = [
@@ -251,10 +252,11 @@ def merge(
             for "breadcrumbs"; `streammerge methods` lists them, and what they are when not given.
         normalize: divide the weights by their sum, in each target over the adapters that have it.
         rank: of the output, for truncating methods; the largest of the inputs when None. Or what
-            decides it in each target: "energy:0.95,max:64", the smallest that keeps 95 % of
-            ‖M‖²_F of the merged matrix M; "error:0.1,max:64", the smallest whose ‖M - M_k‖_F is at
-            most 0.1·‖M‖_F. Where no rank does up to `max`, which is the largest of the inputs when
-            it is left out, it is that, and a notice says so.
+            decides it in each target: "max:64", 64, but no more than the sum of the inputs' ranks
+            there, where the result has no higher one; "energy:0.95,max:64", the smallest that keeps
+            95 % of ‖M‖²_F of the merged matrix M; "error:0.1,max:64", the smallest whose
+            ‖M - M_k‖_F is at most 0.1·‖M‖_F. Where no rank does up to `max`, which is the largest
+            of the inputs when it is left out, it is that, and a notice says so.
         space: "factor", "delta", "core", "knots" or "exact", instead of the method's own.
         majority_sign: "total" or "frequency", for the methods that elect a sign.
         threshold_scope: for the methods that keep the largest: "tensor" seeks them in each tensor
@@ -396,6 +398,7 @@ def merge(
         *_short(modules, planned),
         *_missed(modules),
         *_undecided(modules),
+        *_unsettled(modules, planned),
         *(f"{left}; the next merge clears up" for left in staging.left),
     ]
     for notice in late:
@@ -440,8 +443,8 @@ def compress(
     Args:
         adapter: a directory or a file, or an id on the Hub.
         output: directory to make.
-        rank: of all modules, such as 8; or what each of them has to keep, such as "energy:0.99" or
-            "error:0.1,max:32", where no rank is larger than it was.
+        rank: of each module, such as 8; or what each of them has to keep, such as "energy:0.99" or
+            "error:0.1,max:32". No module's is larger than it was: 8 is the "max:8" of `merge`.
         dtype: of the output; "auto" is that of the adapter.
         format: of the output.
         compute_dtype: of the arithmetic.
@@ -477,7 +480,7 @@ def compress(
     return merge(
         [adapter],
         output,
-        rank=rank,
+        rank=as_limit(rank),
         dtype=dtype,
         format=format,
         compute_dtype=compute_dtype,
@@ -549,6 +552,19 @@ def _undecided(modules: Sequence[ModuleReport]) -> list[str]:
         f"the bases of {len(undecided)} targets have singular values that are as good as equal "
         f"(such as {undecided[0]}), so that rounding decides between their directions: on other "
         "hardware the result may be another one"
+    )
+    return [notice]
+
+
+def _unsettled(modules: Sequence[ModuleReport], planned: Plan) -> list[str]:
+    steps = [(module.last_step, module.target) for module in modules if module.last_step]
+    if not steps:
+        return []
+    longest, target = max(steps)
+    notice = (
+        f"in {len(steps)} targets the iteration of {planned.rule} in {planned.space} space had not "
+        f"come to rest when its steps were used up: its last one was of {longest:.1e} at most (in "
+        f"{target}); streammerge.json says of how much in each"
     )
     return [notice]
 

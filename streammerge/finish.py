@@ -62,6 +62,12 @@ class ModuleReport:
     basis_unique: bool
     """False where that is below 1e-6: which directions stand for equal values is a matter of
     rounding then, and the result may differ on other hardware."""
+    settled: bool
+    """False where the iteration for these bases (`ctm`), or for the weights of the deltas
+    (`karcher`), used up its steps before it came to rest."""
+    last_step: float | None
+    """How far its last step went then, as an angle; None where it came to rest, or where nothing
+    was iterated."""
 
 
 BASIS_GAP = 1e-6
@@ -216,6 +222,8 @@ def _report(task: Task, receipt: Receipt) -> ModuleReport:
         directions=(certificate.directions or None) if certificate else None,
         basis_gap=certificate.gap if certificate else None,
         basis_unique=certificate is None or certificate.gap is None or certificate.gap >= BASIS_GAP,
+        settled=receipt.unsettled == 0.0,
+        last_step=receipt.unsettled or None,
     )
 
 

@@ -53,6 +53,9 @@ class Truncation:
     """Of the bases in which a rule saw coordinates, of columns and perhaps of rows."""
     gap: float | None = None
     """The smallest relative distance of neighbouring singular values of these bases."""
+    unsettled: float = 0.0
+    """How far the last step went of an iteration for these bases that has used up its steps, as an
+    angle; 0 where it has settled, or they are not iterated."""
 
 
 def residual_excess(missed: float, lost: float) -> float:

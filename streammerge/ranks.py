@@ -1,4 +1,4 @@
-"""What decides a truncated result's rank: a number, or what it has to keep of the merged matrix."""
+"""What decides a truncated result's rank: a number, a limit, or what it has to keep."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from streammerge.errors import RecipeError
 
 Measure = Literal["energy", "error"]
 
+_LIMIT = re.compile(r"max:(\d+)", re.ASCII)
 _POLICY = re.compile(r"(energy|error):([^,\s]+)(?:\s*,\s*max:(\d+))?", re.ASCII)
 
 
@@ -54,8 +55,30 @@ class RankPolicy:
         return 1.0 - self.bound if self.measure == "energy" else self.bound**2
 
 
-def parse_rank(text: str) -> int | RankPolicy:
-    """Return what a text like "16", "energy:0.95,max:64" or "error:0.1" means.
+@dataclass(frozen=True)
+class RankLimit:
+    """This rank, but in each target no more than its sources span, where the result lies in that.
+
+    Raises:
+        RecipeError: it is less than 1, on construction.
+    """
+
+    largest: int
+
+    def __post_init__(self) -> None:
+        if self.largest < 1:
+            raise RecipeError(f"rank must be a positive integer, not {self.largest}", option="rank")
+
+    def __str__(self) -> str:
+        """Return it as `parse_rank` takes it."""
+        return f"max:{self.largest}"
+
+
+Rank = int | RankPolicy | RankLimit
+
+
+def parse_rank(text: str) -> Rank:
+    """Return what a text like "16", "max:16", "energy:0.95,max:64" or "error:0.1" means.
 
     Raises:
         RecipeError: nothing, or a bound is out of its range.
@@ -63,6 +86,9 @@ def parse_rank(text: str) -> int | RankPolicy:
     text = text.strip()
     if re.fullmatch(r"[+-]?\d+", text, re.ASCII):
         return _whole(text)
+    limit = _LIMIT.fullmatch(text)
+    if limit is not None:
+        return RankLimit(_whole(limit[1]))
     found = _POLICY.fullmatch(text)
     if found is None:
         raise _refused(text)
@@ -84,7 +110,7 @@ def _whole(digits: str) -> int:
 def _refused(text: str) -> RecipeError:
     shown = text if len(text) <= 80 else f"{text[:80]}…"
     return RecipeError(
-        "rank must be a positive integer, or what is to be kept, like energy:0.95,max:64 or "
-        f"error:0.1,max:64, not {shown!r}",
+        "rank must be a positive integer, a limit like max:64, or what is to be kept, like "
+        f"energy:0.95,max:64 or error:0.1,max:64, not {shown!r}",
         option="rank",
     )

@@ -13,7 +13,7 @@ from dataclasses import fields as dataclass_fields
 from typing import Any, TypeVar
 
 from streammerge.errors import RecipeError
-from streammerge.ranks import RankPolicy, parse_rank
+from streammerge.ranks import Rank, RankLimit, RankPolicy, parse_rank
 from streammerge.schedule import Value, as_json, make_value, numbers
 
 Number = TypeVar("Number", int, float)
@@ -48,7 +48,7 @@ class Recipe:
     parameters: tuple[tuple[str, float], ...] = ()
     """Numbers that the rule or the space takes, by name, in the order of the names; what is not
     given is as the catalog says."""
-    rank: int | RankPolicy | None = None
+    rank: Rank | None = None
     """The output's rank, or what decides it; None is the largest of the inputs."""
     majority_sign: str = "total"
     threshold_scope: str = "tensor"
@@ -108,7 +108,7 @@ class Recipe:
             "weights": [as_json(weight) for weight in self.weights],
             "density": list(map(as_json, density)) if isinstance(density, tuple) else density,
             "parameters": dict(self.parameters),
-            "rank": str(self.rank) if isinstance(self.rank, RankPolicy) else self.rank,
+            "rank": str(self.rank) if isinstance(self.rank, RankPolicy | RankLimit) else self.rank,
         }
 
     @classmethod
@@ -195,15 +195,25 @@ def make_number(value: Any, kind: type[Number], *, option: str) -> Number | None
         raise RecipeError(f"{option} must be {name}, not {value!r}", option=option) from error
 
 
-def make_rank(rank: Any) -> int | RankPolicy | None:
-    """Return a rank, or the policy that a text such as "energy:0.95,max:64" means.
+def make_rank(rank: Any) -> Rank | None:
+    """Return a rank, or the limit or policy that a text such as "energy:0.95,max:64" means.
 
     Raises:
         RecipeError: it is neither.
     """
-    if isinstance(rank, RankPolicy):
+    if isinstance(rank, RankPolicy | RankLimit):
         return rank
     return parse_rank(rank) if isinstance(rank, str) else make_number(rank, int, option="rank")
+
+
+def as_limit(rank: Any) -> str | None:
+    """Return what `make_rank` takes, with a number as the limit of that number.
+
+    Raises:
+        RecipeError: it means nothing.
+    """
+    asked = make_rank(rank)
+    return None if asked is None else str(RankLimit(asked) if isinstance(asked, int) else asked)
 
 
 def make_paths(adapters: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
@@ -252,8 +262,8 @@ def _check_share(option: str, share: float | None) -> None:
         raise RecipeError(f"{option} must be in [0, 1], not {share!r}", option=option)
 
 
-def _check_rank(rank: int | RankPolicy | None) -> None:
-    if rank is None or isinstance(rank, RankPolicy):
+def _check_rank(rank: Rank | None) -> None:
+    if rank is None or isinstance(rank, RankPolicy | RankLimit):
         return
     if not _is_integer(rank) or rank <= 0:
         raise RecipeError(f"rank must be a positive integer, not {rank!r}", option="rank")

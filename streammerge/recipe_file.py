@@ -17,7 +17,7 @@ import yaml
 
 from streammerge.errors import RecipeError, RecipeFileError, shorten
 from streammerge.files import read_whole
-from streammerge.ranks import RankPolicy
+from streammerge.ranks import RankLimit, RankPolicy
 from streammerge.recipe import Recipe, make_rank
 from streammerge.registry import PARAMETERS
 from streammerge.schedule import Value, as_json, make_value, otherwise, scaled
@@ -132,7 +132,8 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 
 
 _Dumper.add_representer(str, _text)
-_Dumper.add_representer(RankPolicy, lambda dumper, policy: _text(dumper, str(policy)))
+for _kind in (RankPolicy, RankLimit):
+    _Dumper.add_representer(_kind, lambda dumper, rank: _text(dumper, str(rank)))
 
 
 def _models(recipe: Recipe) -> list[dict[str, Any]]:

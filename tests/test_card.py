@@ -227,6 +227,16 @@ def test_figures_that_are_none() -> None:
     assert "kept energy" not in render_card(record, None, "a/b")
 
 
+@pytest.mark.parametrize(
+    ("field", "said"), [("converged", "truncated SVD: 1"), ("settled", "last step: 1")]
+)
+def test_what_fell_short_is_told(field: str, said: str) -> None:
+    record: dict[str, Any] = {"files": [], "tensors": {}, "modules": {"a": {}, "b": {field: True}}}
+    assert said not in render_card(record, None, "a/b")
+    record["modules"]["c"] = {field: False}
+    assert said in render_card(record, None, "a/b")
+
+
 def test_adapters_of_the_hub_are_named_by_id_and_commit() -> None:
     names = ["u/a", "hf://u/b@v1", "/home/me/c", "u/d"]
     record = {

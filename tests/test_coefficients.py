@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -143,6 +145,36 @@ def test_a_karcher_mean_is_where_the_directions_average_out() -> None:
     assert np.linalg.norm(tangent) < 1e-10
 
 
+def nearly_around() -> list[Source]:
+    """30 directions less nearly all of what they have in common: the mean is all but undecided."""
+    rows = np.eye(30) - 0.99 / 30
+    return [Source(row[None], np.eye(5, 1), 1.0) for row in rows]
+
+
+@pytest.mark.parametrize("space", ["delta", "exact"])
+def test_a_karcher_mean_that_does_not_settle_is_told(space: str, tmp_path: Path) -> None:
+    """And, in the same merge, one that does is not."""
+    around, apart = nearly_around(), sources(30, 5, 30)
+    paths = [
+        write_adapter(tmp_path / f"{i}", {"apart": apart[i], "around": around[i]})
+        for i in range(len(around))
+    ]
+    out, weights = tmp_path / "out", [1 + 0.5 * math.sin(i) for i in range(len(around))]
+    result = streammerge.merge(
+        paths, out, method="karcher", space=space, weights=weights, on_event=events.ignore
+    )
+    reports = {module.target: module for module in result.modules}
+    assert reports["apart"].settled
+    assert reports["apart"].last_step is None
+    assert not reports["around"].settled
+    assert reports["around"].last_step == pytest.approx(1e-9, rel=0.9)
+    record = json.loads((out / "streammerge.json").read_text())["modules"]
+    assert [record[name]["settled"] for name in ("apart", "around")] == [True, False]
+    assert record["around"]["last_step"] == reports["around"].last_step
+    (told,) = [notice for notice in result.notices if "come to rest" in notice]
+    assert all(words in told for words in ("in 1 targets", "karcher", space, "(in around)"))
+
+
 def test_model_stock_at_right_angles_is_nothing() -> None:
     a = np.eye(4)
     first, second = (Source(a[i : i + 1], np.eye(5, 4)[:, i : i + 1], 1.0) for i in (0, 1))
@@ -238,4 +270,6 @@ def test_every_rule_has_its_function() -> None:
     assert set(COEFFICIENTS) == set(NAMES)
     nothing = Inner(torch.zeros(2, 2, dtype=torch.float64), (1.0, 1.0))
     for function in COEFFICIENTS.values():
-        assert bool(torch.isfinite(function(nothing)).all())
+        found = function(nothing)
+        assert bool(torch.isfinite(found.coefficients).all())
+        assert found.unsettled == 0.0

@@ -58,10 +58,10 @@ def installed(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def with_it(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def with_it(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """It, on the path of this process and of those that it starts."""
     with on_path(monkeypatch, installed):
-        yield installed
+        yield
 
 
 @pytest.fixture
@@ -143,12 +143,14 @@ def declaring(
 # The page
 
 
-def test_the_page_s_own_test_passes(project: Path, with_it: Path) -> None:  # noqa: ARG001
+@pytest.mark.usefixtures("with_it")
+def test_the_page_s_own_test_passes(project: Path) -> None:
     pytest_passes(project, str(project / "test_strongest.py"), passed=1)
 
 
 @pytest.mark.slow
-def test_it_passes_what_every_method_passes(with_it: Path) -> None:  # noqa: ARG001
+@pytest.mark.usefixtures("with_it")
+def test_it_passes_what_every_method_passes() -> None:
     names = ("strongest", "strongest_svd")
     same = [f"tests/test_same_bytes.py::test_same_bytes[normal-{name}]" for name in names]
     plans = "tests/test_plans.py::test_a_budget_decides_what_is_kept_and_nothing_else"
@@ -176,10 +178,8 @@ def pytest_passes(folder: Path, *arguments: str, passed: int) -> None:
 # It is like any other
 
 
-def test_it_is_listed_helped_and_completed(
-    with_it: Path,  # noqa: ARG001
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.usefixtures("with_it")
+def test_it_is_listed_helped_and_completed(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = {entry["method"]: entry for entry in json.loads(run("methods", "--json").stdout)}
     assert list(listed) == [*catalog.METHODS, "strongest", "strongest_svd"]
     assert listed["strongest_svd"]["space"] == "delta"
@@ -197,16 +197,14 @@ def test_it_is_listed_helped_and_completed(
     assert shown.stdout.split() == ["plain,strongest", "plain,strongest_svd"]
 
 
-def test_a_name_that_is_close_is_told(with_it: Path, sources: list[str]) -> None:  # noqa: ARG001
+@pytest.mark.usefixtures("with_it")
+def test_a_name_that_is_close_is_told(sources: list[str]) -> None:
     found = run("plan", *sources, "--method", "strongets_svd", expected=2)
     assert "did you mean strongest_svd?" in found.stderr
 
 
-def test_from_a_plan_to_a_report(
-    with_it: Path,  # noqa: ARG001
-    sources: list[str],
-    tmp_path: Path,
-) -> None:
+@pytest.mark.usefixtures("with_it")
+def test_from_a_plan_to_a_report(sources: list[str], tmp_path: Path) -> None:
     """The whole way, under a hard cap of the smallest budget, and again by its own recipe."""
     out, again = tmp_path / "out", tmp_path / "again"
     asked = [*sources, "--method", "strongest_svd", "--weights", "2,-1,0.5"]
@@ -228,7 +226,8 @@ def test_from_a_plan_to_a_report(
     assert ORIGIN in page.read_text()
 
 
-def test_no_declaration_loads_torch(with_it: Path) -> None:  # noqa: ARG001
+@pytest.mark.usefixtures("with_it")
+def test_no_declaration_loads_torch() -> None:
     source = (
         "import sys\nfrom streammerge.registry import METHODS\n"
         "assert 'strongest' in list(METHODS)\nassert 'torch' not in sys.modules\n"
@@ -472,10 +471,9 @@ def test_a_function_that_fails_is_told_with_its_distribution(
     assert "Traceback" not in told
 
 
+@pytest.mark.usefixtures("with_it")
 def test_a_failure_that_is_none_of_its_own_keeps_its_name(
-    with_it: Path,  # noqa: ARG001
-    sources: list[str],
-    tmp_path: Path,
+    sources: list[str], tmp_path: Path
 ) -> None:
     path = Path(sources[0]) / WEIGHTS
     data = bytearray(path.read_bytes())

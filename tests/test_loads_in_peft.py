@@ -310,6 +310,24 @@ def test_ranks_that_a_policy_chose_load(
     assert config["alpha_pattern"] == config["rank_pattern"]
 
 
+@pytest.mark.parametrize(("name", "unequal_ranks"), each(), indirect=["unequal_ranks"])
+def test_an_adapter_that_was_compressed_to_its_own_ranks_loads(
+    name: str, unequal_ranks: list[Path], tmp_path: Path
+) -> None:
+    """With a number above all of its ranks: it is as large as before, and does the same."""
+    example = EXAMPLES[name]
+    for source in unequal_ranks:
+        out = tmp_path / source.name
+        streammerge.compress(source, out, rank=64)
+        expected = outputs(load(example, source), example)
+        torch.testing.assert_close(check(example, out), expected, rtol=1e-4, atol=1e-5)
+        sizes = [
+            sum(t.numel() for t in load_file(path / "adapter_model.safetensors").values())
+            for path in (source, out)
+        ]
+        assert sizes[1] <= sizes[0]
+
+
 @pytest.mark.parametrize(("method", "rank"), [("cat", None), ("svd", 12)])
 @pytest.mark.parametrize(("name", "unequal_ranks"), each(), indirect=["unequal_ranks"])
 def test_the_exact_methods_run_as_the_weighted_sum_of_the_sources(

@@ -53,7 +53,7 @@ from streammerge.lowrank import Truncation, cut, smallest_rank
 from streammerge.output.staging import MARK_NAME, draft_path, journal_path, staging_path
 from streammerge.plans import Plan
 from streammerge.publishing.card import render_card
-from streammerge.ranks import RankPolicy, parse_rank
+from streammerge.ranks import Rank, RankLimit, RankPolicy, parse_rank
 from streammerge.recipe import Recipe
 from streammerge.recipe_file import read_recipe, write_recipe
 
@@ -75,14 +75,15 @@ DENSITY = 0.4
         ("error:0.1, max:64", RankPolicy("error", 0.1, 64)),
         ("error:0", RankPolicy("error", 0.0)),
         ("error:1e-05,max:3", RankPolicy("error", 1e-5, 3)),
+        ("max:64", RankLimit(64)),
     ],
 )
-def test_texts(text: str, means: int | RankPolicy) -> None:
+def test_texts(text: str, means: Rank) -> None:
     assert parse_rank(text) == means
     assert parse_rank(str(means)) == means
 
 
-@pytest.mark.parametrize("text", ["energy:0.95,max:16", "error:0.1,max:64", "energy:0.5"])
+@pytest.mark.parametrize("text", ["energy:0.95,max:16", "error:0.1,max:64", "energy:0.5", "max:8"])
 def test_a_policy_is_written_as_it_was_given(text: str) -> None:
     assert str(parse_rank(text)) == text
 
@@ -97,6 +98,9 @@ NONE = {
     "two": "energy:0.9,error:0.1",
     "the limit first": "max:8,energy:0.9",
     "a limit of nothing": "energy:0.9,max:",
+    "a limit alone, of nothing": "max:",
+    "a limit alone, of zero": "max:0",
+    "a limit alone that is no whole number": "max:1.5",
     "a limit of zero": "energy:0.9,max:0",
     "a negative limit": "energy:0.9,max:-1",
     "a limit that is no whole number": "energy:0.9,max:1.5",
@@ -520,6 +524,29 @@ def test_a_plan_has_no_more_than_the_result_can(adapters: list[Path]) -> None:
     assert ranks(method="svd", density=None) == {18}
     assert ranks(method="ties", space="core") == ranks(method="ties", space="knots") == {18}
     assert ranks() == {40}
+
+
+def test_a_limit_is_no_more_than_the_sources_have(adapters: list[Path], tmp_path: Path) -> None:
+    """And a number is that number, as in PEFT; both are known before the work."""
+    asked: dict[str, Any] = {"method": "svd", "density": None, "exclude": "narrow|words"}
+
+    def ranks(rank: int | str, **more: Any) -> set[int]:
+        planned = streammerge.plan(adapters, **{**MERGE, **asked, "rank": rank, **more})
+        assert not planned.late
+        return {task.rank for task in planned.targets}
+
+    assert ranks(25) == {25}
+    assert ranks("max:25") == {18}
+    assert ranks("max:5") == {5}
+    assert ranks("max:25", method="ties", space="core", density=0.5) == {18}
+    assert ranks("max:25", method="ties_svd", density=0.5) == {25}
+    assert ranks("max:25", method="iso_c") == {25}
+    merge(adapters, tmp_path / "limited", **asked, rank="max:25")
+    merge(adapters, tmp_path / "number", **asked, rank=18)
+    files = [written(tmp_path / name, (WEIGHTS, CONFIG)) for name in ("limited", "number")]
+    assert files[0] == files[1]
+    (tmp_path / "again.yml").write_bytes((tmp_path / "limited" / SAME[-1]).read_bytes())
+    assert read_recipe(tmp_path / "again.yml").options["rank"] == "max:25"
 
 
 def test_the_plan_says_at_most(adapters: list[Path]) -> None:
@@ -1010,6 +1037,43 @@ def test_compressed_losslessly_it_is_the_same_adapter(tmp_path: Path) -> None:
     for name, source in sources.items():
         x = generator.standard_normal(30)
         np.testing.assert_allclose(found[name].delta @ x, source.delta @ x, rtol=0, atol=1e-5)
+
+
+def test_compressed_to_a_number_no_module_grows(tmp_path: Path) -> None:
+    """Each has the number or its own rank, and PEFT's config says which."""
+    ranks = {"one": 1, "two": 2, "four": 4, "six": 6}
+    sources = {
+        name: random_source(i, 40, 30, rank, scaling=0.5)
+        for i, (name, rank) in enumerate(ranks.items())
+    }
+    path = write_adapter(tmp_path / "in", sources)
+    result = streammerge.compress(path, tmp_path / "out", rank=4, on_event=events.ignore)
+    assert {module.target: module.rank for module in result.modules} == ranks | {"six": 4}
+    assert ranks_in(tmp_path / "out") == ranks | {"six": 4}
+    assert result.plan.write_bytes == 4 * (40 + 30) * (1 + 2 + 4 + 4)
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 4)
+    assert config["rank_pattern"] == config["alpha_pattern"] == {"one": 1, "two": 2}
+    found = read_adapter(tmp_path / "out")
+    for name in ("one", "two", "four"):
+        np.testing.assert_allclose(found[name].delta, sources[name].delta, rtol=0, atol=1e-5)
+    words = ["compress", str(path), "--rank=64"]
+    told = CliRunner().invoke(main, [*words, "-o", str(tmp_path / "cli")])
+    assert told.exit_code == 0, told.output
+    assert "4 targets cut to ranks 1 to 6 (max:64)" in told.output
+    assert ranks_in(tmp_path / "cli") == ranks
+    shown = CliRunner().invoke(main, [*words, "-o", str(tmp_path / "shown"), "--dry-run"])
+    assert "output rank" in shown.output
+    assert "64 (" not in shown.output
+    streammerge.merge([path], tmp_path / "merged", rank=20, on_event=events.ignore)
+    assert set(ranks_in(tmp_path / "merged").values()) == {20}
+
+
+@pytest.mark.parametrize("rank", [0, -3, 2.5, "0", True])
+def test_compressed_to_no_number(rank: Any, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="rank") as caught:
+        streammerge.compress(tmp_path, tmp_path / "out", rank=rank)
+    assert caught.value.option == "rank"
 
 
 def test_compress_as_json_and_to_a_number(adapters: list[Path], tmp_path: Path) -> None:

@@ -401,7 +401,7 @@ GOOD = "merge_method: svd\nmodels: [{model: A}]\n"
         (GOOD + "parameters: {int8_mask: true}", "masks take no memory"),
         (GOOD + "parameters: {densty: 1}", r"did you mean density\?"),
         (GOOD + "parameters: {weight: x}", "line 3: weight: not a number"),
-        (GOOD + "rank: many", "line 3: rank must be a positive integer, or what is to be kept"),
+        (GOOD + "rank: many", "line 3: rank must be a positive integer, a limit"),
         (GOOD + "rank: 'energy:2'", r"line 3: rank: the energy to keep must be in \(0, 1\]"),
         (GOOD + "rank: true", "rank must be an integer or a text"),
         (GOOD + "include: [a]", "include must be a text"),

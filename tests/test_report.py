@@ -23,6 +23,7 @@ from streammerge.events import ignore
 from streammerge.reporting import material
 from streammerge.reporting.grid import MAX_COLUMNS, MAX_KINDS, make_grid
 from streammerge.reporting.order import clustered
+from streammerge.reporting.page import SHORTFALLS
 from streammerge.reporting.tables import counted
 from streammerge.worker import agreement
 
@@ -241,6 +242,21 @@ def test_a_record_that_is_none(field: str, merged: Path, tmp_path: Path) -> None
     path.write_text(json.dumps(record | {field: [7]}))
     with pytest.raises(errors.CorruptFileError, match="not a record"):
         streammerge.report(tmp_path / "out", tmp_path / "page.html")
+
+
+@pytest.mark.parametrize("field", SHORTFALLS)
+def test_targets_that_fell_short_are_told(field: str, merged: Path, tmp_path: Path) -> None:
+    shutil.copytree(merged / "out", tmp_path / "out")
+    path, page = tmp_path / "out" / "streammerge.json", tmp_path / "page.html"
+    record = json.loads(path.read_text())
+    assert {facts[field] for facts in record["modules"].values()} == {True}
+    streammerge.report(tmp_path / "out", page)
+    assert SHORTFALLS[field] not in page.read_text()
+    record["modules"]["words"][field] = False
+    path.write_text(json.dumps(record))
+    streammerge.report(tmp_path / "out", page)
+    assert f"Of {len(NAMES)} targets" in page.read_text()
+    assert f"1 {SHORTFALLS[field]} (such as words)" in page.read_text()
 
 
 # ---------------------------------------------------------------------------------------------

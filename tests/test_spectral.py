@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from streammerge.catalog import RULES
 from streammerge.errors import RecipeError
 from streammerge.finish import ModuleReport
 from streammerge.kernels.polar import polar
+from streammerge.output.staging import MARK_NAME
 from streammerge.rules import SPECTRAL
 
 EXACT = {"compute_dtype": "float64", "dtype": "float64"}
@@ -305,6 +307,43 @@ def test_shared_bases_in_float32() -> None:
     exact, _ = merge(adapters, weights, "ctm", rank=4, **EXACT)
     found, _ = merge(adapters, weights, "ctm", rank=4)
     assert relative_error(found, exact) < 1e-5
+
+
+def test_shared_bases_that_do_not_settle_are_told(tmp_path: Path) -> None:
+    """And, in the same merge, those that do are not; on one thread or two, and gone on with."""
+    apart = sources(40, 30, (3, 4, 3, 5), seed=310)
+    alike = with_a_common_part(4)
+    paths = [
+        write_adapter(tmp_path / f"{i}", {"alike": alike[i], "apart": apart[i], "end": alike[i]})
+        for i in range(4)
+    ]
+    asked: dict[str, Any] = {"method": "ties", "space": "ctm", "density": 0.5, "rank": 5}
+    result = streammerge.merge(paths, tmp_path / "one", workers=1, on_event=events.ignore, **asked)
+    reports = {module.target: module for module in result.modules}
+    assert {name: report.settled for name, report in reports.items()} == {
+        "alike": True,
+        "apart": False,
+        "end": True,
+    }
+    assert reports["alike"].last_step is None
+    assert reports["apart"].last_step == pytest.approx(1e-5, rel=0.5)
+    record = (tmp_path / "one" / MARK_NAME).read_bytes()
+    facts = json.loads(record)["modules"]["apart"]
+    assert (facts["settled"], facts["last_step"]) == (False, reports["apart"].last_step)
+    (told,) = [notice for notice in result.notices if "come to rest" in notice]
+    assert all(words in told for words in ("in 1 targets", "ties in ctm space", "(in apart)"))
+
+    def end(event: events.Event) -> None:
+        if isinstance(event, events.TaskDone) and event.target == "apart":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        streammerge.merge(paths, tmp_path / "two", workers=1, on_event=end, **asked)
+    again = streammerge.merge(
+        paths, tmp_path / "two", workers=2, resume=True, on_event=events.ignore, **asked
+    )
+    assert told in again.notices
+    assert (tmp_path / "two" / MARK_NAME).read_bytes() == record
 
 
 def test_fewer_directions_than_the_rank() -> None:

@@ -39,7 +39,7 @@ from streammerge.output.staging import Staging
 from streammerge.planner import make_plan
 from streammerge.planner.scaling import scalings
 from streammerge.plans import Plan
-from streammerge.ranks import RankPolicy
+from streammerge.ranks import RankLimit, RankPolicy
 from streammerge.readers import read_adapters
 from streammerge.recipe import Recipe
 from streammerge.run import run_plan
@@ -386,8 +386,9 @@ def _judge_delta(
     m, n = here.sources[0].delta.shape
     asked = case.options.get("rank")
     policy = asked if isinstance(asked, RankPolicy) else None
-    limit = min((policy.largest if policy else asked) or largest, m, n)
-    if policy and (case.rule == "linear" or case.space in ("core", "knots")):
+    limited = isinstance(asked, RankPolicy | RankLimit)
+    limit = min((asked.largest if limited else asked) or largest, m, n)
+    if limited and (case.rule == "linear" or case.space in ("core", "knots")):
         limit = min(limit, sum(len(source.a) for source in here.sources))
     rank = min(max(1, len(a)), limit) if policy else limit
     if a.shape != (rank, n) or b.shape != (m, rank):

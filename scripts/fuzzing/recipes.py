@@ -25,7 +25,7 @@ from making import (
 )
 from oracle.restated import Source
 from streammerge.catalog import METHODS, RULES, SPACES
-from streammerge.ranks import RankPolicy
+from streammerge.ranks import RankLimit, RankPolicy
 
 DTYPES = ("F32", "F32", "BF16", "F16", "F64")
 OUTPUTS = ("auto", "auto", "float32", "float64", "float16", "bfloat16")
@@ -134,7 +134,8 @@ def make_case(random: Random) -> Case:
     if rule.elects:
         options["majority_sign"] = random.choice(("total", "frequency"))
     if SPACES[space].truncates:
-        options["rank"] = random.choice((None, None, 1, 2, 4, 60, _policy(random)))
+        limit = RankLimit(random.choice((1, 3, 60)))
+        options["rank"] = random.choice((None, None, 1, 2, 4, 60, limit, _policy(random)))
         options["clamp"] = random.choice((None,) * 5 + (1.0, 0.99, 0.7))
     return Case(
         adapters=adapters,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\b
 Examples:
+  streammerge compress A -o SMALL --rank 8
   streammerge compress A -o SMALL --rank energy:0.99
   streammerge compress A -o SMALLER --rank error:0.3,max:4 --dtype bfloat16
 """
@@ -29,14 +30,23 @@ Examples:
 )
 @run_options
 @with_exit_codes
-def compress(adapter: str, output: str, **options: Any) -> None:
+def compress(adapter: str, output: str, *, rank: str, **options: Any) -> None:
     """Cut one adapter to a smaller rank, of each module its own if need be.
 
     ADAPTER is a directory or a file of a LoRA, or an id on the Hub. It is merged by itself: each
-    module gets the best pair of its rank, and a scaling of 1.
+    module gets the best pair of its rank, which is never larger than it was, and a scaling of 1.
     """
+    from streammerge.recipe import as_limit
+
     run_merge(
-        (adapter,), output, push=None, private=False, method="svd", summary=_summary, **options
+        (adapter,),
+        output,
+        push=None,
+        private=False,
+        method="svd",
+        rank=as_limit(rank),
+        summary=_summary,
+        **options,
     )
 
 

@@ -161,7 +161,7 @@ class Scaling(Word):
             self.fail(f"{value!r} is none of config, tensor, or a number", param, ctx)
 
 
-_RANK = Word("energy:0.95", "error:0.1", name="R|energy:E[,max:R]|error:X[,max:R]")
+_RANK = Word("energy:0.95", "error:0.1", name="R|max:R|energy:E[,max:R]|error:X[,max:R]")
 
 _COMPUTE_DTYPE = click.option(
     "--compute-dtype",
@@ -197,8 +197,9 @@ _RULE = (
     click.option(
         "--rank",
         type=_RANK,
-        help="Of the output, where it is truncated; or, in each module, the smallest that keeps "
-        "the share E of the energy, or has at most the relative error X.  "
+        help="Of the output, where it is truncated; or, in each module, R but no more than the "
+        "inputs' ranks together, or the smallest that keeps the share E of the energy, or has at "
+        "most the relative error X.  "
         "[default: the largest of the inputs]",
     ),
     click.option(
@@ -430,8 +431,8 @@ def compress_options(command: Callable[..., None]) -> Callable[..., None]:
         "--rank",
         required=True,
         type=_RANK,
-        help="Of all modules; or of each the smallest that keeps the share E of the energy, or has "
-        "at most the relative error X.",
+        help="Of each module R, or its own rank where that is smaller; or the smallest that keeps "
+        "the share E of the energy, or has at most the relative error X.",
     )
     own = {"What to make": (rank, _COMPUTE_DTYPE), "What to take": (*_CHOICE, *_INPUTS)}
     for title, options in reversed((_SECTIONS | own).items()):

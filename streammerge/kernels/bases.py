@@ -35,6 +35,9 @@ class Basis:
     gap: float
     """The smallest distance between a singular value and the next one, over the larger of the two;
     1 where there is none to compare."""
+    unsettled: float = 0.0
+    """How far the last step went of an iteration that has used up its steps, as an angle; 0 where
+    it has settled, or nothing is iterated."""
 
 
 Roots = Sequence[torch.Tensor]

@@ -17,7 +17,8 @@ from streammerge.kernels.each import Each
 from streammerge.kernels.grams import gram, multiply
 
 SWEEPS = 200
-"""At most; most collections settle in 10 to 50."""
+"""At most. Half of the modules of published adapters settle within 54; where the next directions
+keep nearly as much as those that are kept it takes more."""
 
 SETTLED = 1e-10
 """Columns that a sweep turns by less than this have settled."""
@@ -59,7 +60,8 @@ def shared_bases(
     iteration, which has the same fixed points as the SVD that HOOI takes there.
 
     In the end each basis is turned to the left singular vectors of all deltas as the other basis
-    sees them, with one order and sign.
+    sees them, with one order and sign. What has not settled after SWEEPS is returned as it is, and
+    says so.
 
     Args:
         b: B's side by side, m × k, without scalings.
@@ -81,6 +83,7 @@ def shared_bases(
         for stack, products in zip((b, a.mT), squares, strict=True)
     )
     x, y = _leading(left, right, rank), _leading(right, left, rank)
+    moved = 0.0
     for _ in range(SWEEPS if x.shape[1] and y.shape[1] else 0):
         check()
         x_next = _turned(left, right, x, y)
@@ -89,7 +92,11 @@ def shared_bases(
         x, y = x_next, y_next
         if moved <= SETTLED:
             break
-    return _basis(left, right, (x, y), each), _basis(right, left, (y, x), each)
+    unsettled = moved if moved > SETTLED else 0.0
+    return (
+        _basis(left, right, (x, y), each, unsettled=unsettled),
+        _basis(right, left, (y, x), each, unsettled=unsettled),
+    )
 
 
 def _importance(
@@ -181,7 +188,14 @@ def _distance(side: Side, x: torch.Tensor, y: torch.Tensor) -> float:
     return math.sqrt(max(0.0, float((rest * (side.squares @ rest)).sum())))
 
 
-def _basis(side: Side, other: Side, found: tuple[torch.Tensor, torch.Tensor], each: Each) -> Basis:
+def _basis(
+    side: Side,
+    other: Side,
+    found: tuple[torch.Tensor, torch.Tensor],
+    each: Each,
+    *,
+    unsettled: float,
+) -> Basis:
     """Return the basis of stack·x, turned to the singular vectors of what the other one sees."""
     x, y = found
     if not x.shape[1]:
@@ -192,4 +206,4 @@ def _basis(side: Side, other: Side, found: tuple[torch.Tensor, torch.Tensor], ea
     values, vectors = torch.linalg.eigh((squares + squares.mT) / 2)
     values, vectors = values.flip(0).clamp_min_(0.0).sqrt_(), vectors.flip(1)
     columns = multiply(side.stack, x @ vectors, each)
-    return Basis(sign_(columns), smallest_gap(values))
+    return Basis(sign_(columns), smallest_gap(values), unsettled)

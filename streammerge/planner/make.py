@@ -42,7 +42,7 @@ from streammerge.planner.routes import COORDINATES, Shape, choose_course
 from streammerge.planner.scaling import scalings
 from streammerge.planner.sources import resolve, weights_by_name, with_extras
 from streammerge.plans import Plan
-from streammerge.ranks import RankPolicy
+from streammerge.ranks import RankLimit, RankPolicy
 from streammerge.recipe import Recipe
 from streammerge.registry import METHODS, RULES, origin, problems
 
@@ -320,12 +320,12 @@ def _shapes(
     remote = np.array([stream and adapter.files[0].etag is not None for adapter in adapters])
     fetched = stored * remote[alignment.adapter]
     rule, space = method
-    late = isinstance(recipe.rank, RankPolicy)
-    limit = recipe.rank.largest if isinstance(recipe.rank, RankPolicy) else recipe.rank
+    limited = isinstance(recipe.rank, RankPolicy | RankLimit)
+    limit = recipe.rank.largest if isinstance(recipe.rank, RankPolicy | RankLimit) else recipe.rank
     asked = limit or int(rank.max())
-    # No policy asks for more than the sources span, where the result lies in that.
+    # Only a number asks for more than the sources span, where the result lies in that.
     summed = rule.name == "linear" or rule.kind == "coefficient"
-    spanned = late and space.spans and (summed or space.name in COORDINATES)
+    spanned = limited and space.spans and (summed or space.name in COORDINATES)
     turned = np.array([adapter.dialect == MLX for adapter in adapters])[alignment.adapter]
     for group in alignment.groups:
         rows = slice(group.first, group.last)

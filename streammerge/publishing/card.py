@@ -188,6 +188,9 @@ def _figures(record: Mapping[str, Any]) -> Iterator[str]:
     missed = sum(m.get("converged") is False for m in modules.values())
     if missed:
         yield f"- targets that did not reach the tolerance of the truncated SVD: {missed}"
+    unsettled = sum(m.get("settled") is False for m in modules.values())
+    if unsettled:
+        yield f"- targets whose iteration had not come to rest at its last step: {unsettled}"
 
 
 def _loading(

@@ -29,6 +29,15 @@ PAIRS = 10
 
 MATRIX_WIDTH = 400.0
 
+SHORTFALLS = {
+    "rank_reached": "keep less at the largest rank allowed than the rank policy asks for",
+    "converged": "did not reach the tolerance of the truncated SVD in the planned passes",
+    "basis_unique": "have bases with singular values that are as good as equal, so that rounding "
+    "decided between their directions",
+    "settled": "had an iteration that had not come to rest when its steps were used up",
+}
+"""What it means where a field of a target's facts is false."""
+
 
 def render(material: Material) -> str:
     """Return the page."""
@@ -174,9 +183,24 @@ def _modules(material: Material) -> Iterator[str]:
             "<p>Nothing was truncated, or the rule worked on the factors, where there is no merged "
             "matrix to compare with: so there is no energy kept or lost to show.</p>"
         )
+    yield from _shortfalls(material)
     for figure in figures:
         yield _drawn(figure)
     yield from _worst(material)
+
+
+def _shortfalls(material: Material) -> Iterator[str]:
+    """Yield how many targets are not all that was aimed at, and why."""
+    modules = material.record["modules"]
+    notes = []
+    for field, meaning in SHORTFALLS.items():
+        short = [target for target, facts in modules.items() if facts.get(field) is False]
+        if short:
+            notes.append(f"{len(short):,} {meaning} (such as {safe(short[0])})")
+    if notes:
+        items = "".join(f"<li>{note}</li>" for note in notes)
+        title = f"<strong>Of {len(modules):,} targets</strong>"
+        yield f'<div class="note">{title}<ul>{items}</ul></div>'
 
 
 def _worst(material: Material) -> Iterator[str]:

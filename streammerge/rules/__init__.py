@@ -22,7 +22,7 @@ from streammerge.rules.dare_linear import dare_linear
 from streammerge.rules.dare_ties import dare_ties
 from streammerge.rules.della import della
 from streammerge.rules.della_linear import della_linear
-from streammerge.rules.inner import Inner
+from streammerge.rules.inner import Combination, Inner
 from streammerge.rules.iso_c import iso_c
 from streammerge.rules.iso_cts import iso_cts
 from streammerge.rules.karcher import karcher
@@ -41,8 +41,8 @@ from streammerge.rules.tsv import tsv
 Rule = Callable[[Tile], torch.Tensor]
 """An element-wise rule."""
 
-Coefficients = Callable[[Inner], torch.Tensor]
-"""A coefficient rule: returns what each delta is multiplied by, float64."""
+Coefficients = Callable[[Inner], Combination]
+"""A coefficient rule."""
 
 Spectral = Callable[[Spectrum[Any]], Any]
 """A spectral rule: returns the leading triples of the merge."""
@@ -115,6 +115,7 @@ __all__ = [
     "COEFFICIENTS",
     "FUNCTIONS",
     "SPECTRAL",
+    "Combination",
     "Inner",
     "Rule",
     "Spectrum",

@@ -13,7 +13,7 @@ import torch
 class Inner:
     """Inner products of N deltas, and their weights.
 
-    A coefficient rule returns numbers c, and Σ c_i·Δ_i is the merge. All that it says of the deltas
+    A coefficient rule finds numbers c, and Σ c_i·Δ_i is the merge. All that it says of the deltas
     it says by their inner products, so that it never needs a delta.
     """
 
@@ -45,3 +45,14 @@ class Inner:
     def length(self, coefficients: torch.Tensor) -> float:
         """Return ‖Σ c_i·Δ_i‖_F."""
         return float((coefficients @ self.products @ coefficients).clamp_min(0.0).sqrt())
+
+
+@dataclass(frozen=True)
+class Combination:
+    """The weighted sum Σ c_i·Δ_i that a coefficient rule has chosen."""
+
+    coefficients: torch.Tensor
+    """What each delta is multiplied by; N, float64."""
+    unsettled: float = 0.0
+    """How far the last step went of an iteration that has used up its steps, as an angle; 0 where
+    it has settled, or nothing is iterated."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from streammerge.rules.inner import Inner
+from streammerge.rules.inner import Combination, Inner
 
 
-def model_stock(inner: Inner) -> torch.Tensor:
+def model_stock(inner: Inner) -> Combination:
     """Return t times the shares of the weights, with t = N·cos θ/(1 + (N - 1)·cos θ).
 
     cos θ is the mean cosine of all pairs. The more the deltas agree, the nearer t is to 1; where
@@ -17,8 +17,8 @@ def model_stock(inner: Inner) -> torch.Tensor:
     there = (inner.norms > 0) & (inner.shares != 0)
     count = int(torch.count_nonzero(there))
     if count < 2:
-        return inner.shares
+        return Combination(inner.shares)
     cosines = inner.cosines[there][:, there]
     pairs = cosines.sum() - cosines.diagonal().sum()
     cosine = max(0.0, float(pairs) / (count * (count - 1)))
-    return count * cosine / (1 + (count - 1) * cosine) * inner.shares
+    return Combination(count * cosine / (1 + (count - 1) * cosine) * inner.shares)

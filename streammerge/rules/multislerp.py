@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
-from streammerge.rules.inner import Inner
+from streammerge.rules.inner import Combination, Inner
 from streammerge.rules.sphere import at_length_one, facing, step
 
 
-def multislerp(inner: Inner) -> torch.Tensor:
+def multislerp(inner: Inner) -> Combination:
     """Return the coefficients of one step towards the mean direction, at the mean length.
 
     From the direction of the mean of the deltas at length 1, one step along the sphere; its length
@@ -16,4 +14,4 @@ def multislerp(inner: Inner) -> torch.Tensor:
     """
     signs, shares, cosines = facing(inner)
     point = step(at_length_one(shares, cosines), shares, cosines)
-    return signs * point * (shares @ inner.norms) * inner.inverse_norms
+    return Combination(signs * point * (shares @ inner.norms) * inner.inverse_norms)

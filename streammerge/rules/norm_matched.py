@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from streammerge.rules.inner import Inner
+from streammerge.rules.inner import Combination, Inner
 
 
-def norm_matched(inner: Inner) -> torch.Tensor:
+def norm_matched(inner: Inner) -> Combination:
     """Return the shares of the weights times Σ |share|·‖Δ‖ over ‖Σ share·Δ‖.
 
     The mean of N deltas at right angles is shorter than they are by √N; this one is not. A mean of
@@ -16,5 +16,5 @@ def norm_matched(inner: Inner) -> torch.Tensor:
     length = inner.length(inner.shares)
     wanted = float(inner.shares.abs() @ inner.norms)
     if length <= torch.finfo(torch.float64).eps * wanted:
-        return torch.zeros_like(inner.shares)
-    return inner.shares * (wanted / length)
+        return Combination(torch.zeros_like(inner.shares))
+    return Combination(inner.shares * (wanted / length))

@@ -6,13 +6,13 @@ import math
 
 import torch
 
-from streammerge.rules.inner import Inner
+from streammerge.rules.inner import Combination, Inner
 
 PARALLEL = 1e-6
 """Below this sine of the angle the arc is a line."""
 
 
-def slerp(inner: Inner) -> torch.Tensor:
+def slerp(inner: Inner) -> Combination:
     """Return sin((1-t)·θ)/sin θ and sin(t·θ)/sin θ for two deltas at the angle θ.
 
     t is the second one's share of the weights. Where they are parallel, or one is zero, the arc is
@@ -20,7 +20,7 @@ def slerp(inner: Inner) -> torch.Tensor:
     and it is the line too. One delta alone is itself.
     """
     if len(inner.weights) == 1:
-        return torch.ones(1, dtype=torch.float64)
+        return Combination(torch.ones(1, dtype=torch.float64))
     t = float(inner.shares[1])
     cosine = float(inner.cosines[0, 1])
     theta = math.acos(cosine)
@@ -29,4 +29,4 @@ def slerp(inner: Inner) -> torch.Tensor:
     pair = (1 - t, t)
     if not zero and sine > PARALLEL:
         pair = (math.sin((1 - t) * theta) / sine, math.sin(t * theta) / sine)
-    return torch.tensor(pair, dtype=torch.float64)
+    return Combination(torch.tensor(pair, dtype=torch.float64))

@@ -29,7 +29,7 @@ def with_coefficients(work: Work) -> Work:
     if not bool(torch.isfinite(products).all()):
         raise FloatingPointError("deltas overflow: their norm is not finite")
     found = COEFFICIENTS[work.job.plan.rule](Inner(products, sources.weights))
-    return replace(work, coefficients=_checked(found))
+    return replace(work, coefficients=_checked(found.coefficients), unsettled=found.unsettled)
 
 
 def _checked(found: torch.Tensor) -> Sequence[float]:

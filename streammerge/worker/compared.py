@@ -94,7 +94,7 @@ def measure_pair(job: Job, task: Task, window: Window) -> MeasuredPair:
         sources = TargetSources(job, task, _CPU, window, hashed=False)
         with sources.checked():
             work = Work(job, task, sources, _CPU, watched(job, map))
-            certificate = merge_target(work, Writers(a, b))
+            certificate, _ = merge_target(work, Writers(a, b))
         seconds = time.perf_counter() - began
         dtype = job.output_dtype
         rank = task.rank if certificate is None else certificate.rank

@@ -27,12 +27,7 @@ def merge_in_left_basis(work: Work) -> Truncation:
     if seen is None:
         return _nothing(work, left)
     triples = _merge(work, seen)
-    return replace(
-        triples,
-        u=left.vectors @ triples.u,
-        directions=(left.vectors.shape[1],),
-        gap=left.gap,
-    )
+    return _seen_in(replace(triples, u=left.vectors @ triples.u), left)
 
 
 def _in_left_basis(work: Work) -> tuple[Basis, Coordinates | None]:
@@ -70,15 +65,9 @@ def _merge_cores(work: Work, left: Basis, right: Basis, seen: Coordinates | None
     """Return the triples of what a rule makes of the deltas' coordinates in two bases."""
     if seen is None:
         return _nothing(work, left, right)
-    u, v = left.vectors, right.vectors
     triples = _merge(work, seen)
-    return replace(
-        triples,
-        u=u @ triples.u,
-        v=v @ triples.v,
-        directions=(u.shape[1], v.shape[1]),
-        gap=min(left.gap, right.gap),
-    )
+    back = replace(triples, u=left.vectors @ triples.u, v=right.vectors @ triples.v)
+    return _seen_in(back, left, right)
 
 
 def _in_both_bases(work: Work) -> tuple[Basis, Basis, Coordinates | None]:
@@ -157,14 +146,23 @@ def _left(work: Work, i: int, left: Basis) -> torch.Tensor:
 def _nothing(work: Work, *bases: Basis) -> Truncation:
     """Return the triples of a sum of zeros."""
     task, new = work.task, work.sources.a[0].new_empty
-    return Truncation(
+    zeros = Truncation(
         u=new((task.m, task.rank)).zero_(),
         s=new((task.rank,)).zero_().double(),
         v=new((task.n, task.rank)).zero_(),
         energy=0.0,
         lost=0.0,
+    )
+    return _seen_in(zeros, *bases)
+
+
+def _seen_in(triples: Truncation, *bases: Basis) -> Truncation:
+    """Return triples with what is known of the bases in which their rule saw coordinates."""
+    return replace(
+        triples,
         directions=tuple(basis.vectors.shape[1] for basis in bases),
         gap=min(basis.gap for basis in bases),
+        unsettled=max(basis.unsettled for basis in bases),
     )
 
 

@@ -43,6 +43,9 @@ class Receipt:
     device: str
     """Where it was computed, which decides the rounding: "cpu", "cuda", …"""
     seconds: float
+    unsettled: float = 0.0
+    """How far the last step went of an iteration for the bases, or for the coefficients, that has
+    used up its steps, as an angle; 0 where it has settled, or nothing is iterated."""
 
     def done(self, task: Task) -> Task:
         """Return the task that this is of, with the rank that its pair has turned out to have."""

@@ -42,19 +42,22 @@ TRUNCATING = {
 }
 
 
-def merge_target(work: Work, writers: Writers) -> Certificate | None:
+def merge_target(work: Work, writers: Writers) -> tuple[Certificate | None, float]:
     """Merge one target by its planned route and write its pair.
 
     Returns:
-        How good the pair is, where something was truncated.
+        How good the pair is, where something was truncated; and how far the last step went of an
+        iteration for bases or coefficients that has used up its steps, 0 where there was none.
     """
     route = work.task.route
     if RULES[work.job.plan.rule].kind == "coefficient":
         work = with_coefficients(work)
     if route in TRUNCATING:
-        return write_pair(work, TRUNCATING[route](work), writers)
+        triples = TRUNCATING[route](work)
+        unsettled = max(work.unsettled, triples.unsettled)
+        return write_pair(work, triples, writers), unsettled
     {"concatenate": _concatenate, "fold": _fold}[route](work, writers)
-    return None
+    return None, work.unsettled
 
 
 def _concatenate(work: Work, writers: Writers) -> None:

@@ -118,7 +118,7 @@ def _run_on(
         job.writer(task.regions[1]) as b,
         sources.checked(),
     ):
-        certificate = merge_target(work, Writers(a, b))
+        certificate, unsettled = merge_target(work, Writers(a, b))
         # Before anything is said of what was made of them.
         job.files.check(sources.files)
     return Receipt(
@@ -128,6 +128,7 @@ def _run_on(
         certificate=certificate,
         device=device.type,
         seconds=0.0,
+        unsettled=unsettled,
     )
 
 

@@ -56,6 +56,8 @@ class Work:
     """Who has the panels, where several workers share the target."""
     coefficients: Sequence[float] | None = None
     """What each delta is multiplied by, where that is not its weight."""
+    unsettled: float = 0.0
+    """How far the last step went of an iteration for these that has used up its steps."""
 
     def over(self, part: Part, here: Callable[[], Any], count: int) -> Over:
         """Return the panels of a part of the target, wherever they are.
