@@ -92,12 +92,11 @@ def test_three_workers_make_the_same_bytes(
     method: str, sources: list[str], three: LocalCluster, tmp_path: Path
 ) -> None:
     sources = sources[: most(method)]
-    streammerge.merge(sources, tmp_path / "serial", workers=1, **options(method))
-    result = streammerge.merge(
-        sources, tmp_path / "out", scheduler=three.address, **options(method)
-    )
+    asked = {**options(method), "exclude": r"model\.[0-9]{2}"}
+    streammerge.merge(sources, tmp_path / "serial", workers=1, **asked)
+    result = streammerge.merge(sources, tmp_path / "out", scheduler=three.address, **asked)
     assert files(tmp_path / "out") == files(tmp_path / "serial")
-    assert len(result.modules) == len(LAYERS)
+    assert len(result.modules) == 13
     assert streammerge.verify(tmp_path / "out").checksums
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert left == {*SAME, "streammerge-timings.json"}
