@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import streammerge
 from making import convolution, embedding, linear, write_adapter
+from names import PAIRS, chosen, most, space_of
 from streammerge.adapter import (
     CONV,
     DTYPES,
@@ -157,15 +158,13 @@ shard_sizes = st.one_of(st.none(), st.integers(1, 2**22))
 
 
 @st.composite
-def cases(draw: Callable[..., Any], methods: tuple[str, ...] = tuple(METHODS)) -> Case:
+def cases(draw: Callable[..., Any], pairs: tuple[str, ...] = PAIRS) -> Case:
     made = draw(st.lists(modules, min_size=1, max_size=6).map(tuple))
-    method = draw(st.sampled_from(methods))
-    rule = RULES[METHODS[method].rule]
-    count = draw(st.integers(1, rule.most_adapters or 5))
-    space = draw(st.sampled_from([None, None, "core", "knots", "ctm"]))
-    space = space if space in rule.spaces else None
+    pair = draw(st.sampled_from(pairs))
+    method, space = chosen(pair)["method"], chosen(pair).get("space")
+    count = draw(st.integers(1, most(pair) or 5))
     common = [draw(few_ranks) for _ in made]
-    equal = SPACES[space or METHODS[method].space].equal_ranks
+    equal = SPACES[space_of(pair)].equal_ranks
     ranks = [
         tuple(
             None
@@ -396,14 +395,14 @@ def test_a_refusal_names_a_budget_that_works(case: Case) -> None:
         case.plan(error.smallest_bytes - 1)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(data=st.data(), more=st.integers(0, 2**32), threads=st.integers(1, 8))
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pair", PAIRS)
 def test_a_budget_decides_what_is_kept_and_nothing_else(
-    method: str, data: st.DataObject, more: int, threads: int
+    pair: str, data: st.DataObject, more: int, threads: int
 ) -> None:
     """Nor do workers. Tiles follow from m and n: the same of those means the same tiles."""
-    case = data.draw(cases((method,)))
+    case = data.draw(cases((pair,)))
     smallest = smallest_budget(case)
     plans = [case.plan(smallest), case.plan(smallest + more), case.plan(PLENTY)]
     plans.append(replace(case, threads=threads).plan(smallest + more))
@@ -411,7 +410,7 @@ def test_a_budget_decides_what_is_kept_and_nothing_else(
 
 
 @FAST
-@given(case=cases(tuple(m for m in METHODS if METHODS[m].space == "delta")))
+@given(case=cases(tuple(pair for pair in PAIRS if space_of(pair) == "delta")))
 def test_scratch_and_io_decide_no_more(case: Case) -> None:
     smallest = smallest_budget(case)
     plan = case.plan(smallest, io="pread", scratch="/scratch")
