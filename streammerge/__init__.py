@@ -21,7 +21,8 @@ if TYPE_CHECKING:
         push,
         verify,
     )
-    from streammerge.comparing import Comparison, compare
+    from streammerge.comparing import compare
+    from streammerge.comparison import Comparison
     from streammerge.errors import StreammergeError
     from streammerge.measuring import Measured, measure
     from streammerge.plans import Plan
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Adapter": "streammerge.adapter",
-    "Comparison": "streammerge.comparing",
+    "Comparison": "streammerge.comparison",
     "Measured": "streammerge.measuring",
     "MergeResult": "streammerge.api",
     "Plan": "streammerge.plans",

@@ -24,7 +24,7 @@ from names import chosen, rule_of
 from streammerge import errors, events
 from streammerge.budget import Budget
 from streammerge.cli import main
-from streammerge.comparing import ComparedMethod, Comparison
+from streammerge.comparison import ComparedMethod, Comparison
 from streammerge.planner.sample import kind_of, sample_targets
 
 Matrix = npt.NDArray[np.float64]

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 LAYERS = (
     {"errors"},
     {"budget", "notebook", "tiling", "regular", "files", "schedule", "ranks"},
-    {"catalog", "plans", "recipe", "adapter", "events", "patterns"},
+    {"catalog", "plans", "recipe", "adapter", "events", "patterns", "comparison"},
     {"registry"},
     {"planner", "hub"},
     {"readers", "output", "rules", "spaces", "lowrank", "select", "draw", "recipe_file"},
@@ -36,7 +36,9 @@ HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 
 INIT = "__init__"
 # What is public: the calls, the errors, and the two types that the calls return.
-INIT_MAY_IMPORT = {"api", "comparing", "measuring", "reporting", "errors", "adapter", "plans"}
+INIT_MAY_IMPORT = {
+    "api", "comparing", "comparison", "measuring", "reporting", "errors", "adapter", "plans",
+}  # fmt: skip
 STANDARD_LIBRARY_ONLY = {"errors", *LAYERS[1]}
 # Reading headers, planning and showing help are pure arithmetic and text.
 WITHOUT_TORCH = {INIT, "cli", "readers", "output", "consolidation", "publishing"}.union(*LAYERS[:5])

@@ -12,7 +12,7 @@ from streammerge.cli.options import compare_options
 from streammerge.cli.program import Sectioned
 
 if TYPE_CHECKING:
-    from streammerge.comparing import ComparedMethod, Comparison
+    from streammerge.comparison import ComparedMethod, Comparison
 
 SHOWN = 8
 """Adapters that are listed."""
@@ -63,7 +63,7 @@ def _about(found: Comparison) -> list[tuple[str, object]]:
 def _methods(found: Comparison) -> list[str]:
     """Return a row for each method: means over the adapters."""
     from streammerge.budget import format_size
-    from streammerge.comparing import mean
+    from streammerge.comparison import mean
 
     rows: list[tuple[object, ...]] = [
         (
