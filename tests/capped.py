@@ -7,13 +7,13 @@ the child's ru_maxrss would inherit the peak of its parent.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
 import resource
 import subprocess
 import sys
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,38 +33,54 @@ main(prog_name="streammerge")
 """
 
 _TASKS = """
-import ctypes, gc, json, re, sys
+import ctypes, gc, json, re, sys, tempfile, threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+import torch
 from streammerge.adapter import NameTable
 from streammerge.api import plan
+from streammerge import worker
+from streammerge.budget import PROCESS_BYTES
 from streammerge.output.writer import allocate
 from streammerge.readers import read_adapter
-from streammerge.run import run_plan
 from streammerge.worker import Job, Lanes, one_thread_each, run_task
+
+# Plans are those of a fresh process, which this one soon is not.
+fresh = worker.measure_process
+worker.measure_process = lambda *rules: fresh(*rules) and PROCESS_BYTES
 
 def status(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
-adapters, options, directory = json.load(sys.stdin)
-made = plan(adapters, scratch=directory, **options)
-table = NameTable()
-manifests = [read_adapter(path, table) for path in adapters]
-regions = made.regions
-starts = allocate(Path(directory), made.files, regions)
-job = Job(made, manifests, Path(directory), starts)
-rows = []
-with one_thread_each(), ThreadPoolExecutor(made.concurrency) as pool:
-    for task in made.tasks:
-        gc.collect()
-        # What earlier tasks left in the heap would hide what this one takes from it.
-        ctypes.CDLL(None).malloc_trim(0)
-        before = status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")
-        each = Lanes(pool, task.lanes, job.stopped) if task.lanes > 1 else map
-        receipt = run_task(job, task, each)
-        rows.append(
-            {
+def warm(barrier):
+    # What BLAS and LAPACK keep for a thread is in what is reserved for it, not in a task's peak.
+    barrier.wait()
+    torch.set_num_threads(1)
+    for dtype in (torch.float32, torch.float64):
+        matrix = torch.ones(4096, 256, dtype=dtype)
+        torch.linalg.svd((matrix @ (matrix.mT @ matrix))[:256])
+        torch.linalg.eigh(matrix[:256])
+        torch.linalg.qr(matrix[:1024])
+    barrier.wait()
+
+def measure(adapters, options, directory):
+    made = plan(adapters, scratch=directory, **options)
+    table = NameTable()
+    manifests = [read_adapter(path, table) for path in adapters]
+    job = Job(made, manifests, Path(directory), allocate(Path(directory), made.files, made.regions))
+    with one_thread_each(), ThreadPoolExecutor(made.concurrency) as pool:
+        barrier = threading.Barrier(made.concurrency)
+        list(pool.map(warm, [barrier] * made.concurrency))
+        warm(threading.Barrier(1))
+        for task in made.tasks:
+            gc.collect()
+            # What earlier tasks left in the heap would hide what this one takes from it.
+            ctypes.CDLL(None).malloc_trim(0)
+            before = status("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")
+            each = Lanes(pool, task.lanes, job.stopped) if task.lanes > 1 else map
+            receipt = run_task(job, task, each)
+            yield made.reserved_bytes, {
                 "target": task.target,
                 "route": task.route,
                 "lanes": task.lanes,
@@ -73,8 +89,11 @@ with one_thread_each(), ThreadPoolExecutor(made.concurrency) as pool:
                 "before_bytes": before,
                 "seconds": receipt.seconds,
             }
-        )
-print(json.dumps({"reserved_bytes": made.reserved_bytes, "tasks": rows}))
+
+for line in sys.stdin:
+    with tempfile.TemporaryDirectory() as directory:
+        reserved, rows = zip(*measure(*json.loads(line), directory))
+    print(json.dumps({"reserved_bytes": reserved[0], "tasks": rows}), flush=True)
 """
 
 
@@ -115,21 +134,51 @@ def run_cli(
     return CappedRun(done.returncode, done.stdout, kept, peaks[-1] if peaks else 0, capped_by)
 
 
+class _Measuring:
+    """A process that runs the tasks of one merge after another; most of its time it would load."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def __call__(self, adapters: list[str], options: dict[str, Any]) -> dict[str, Any]:
+        """Return what it measured."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _TASKS],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            atexit.register(self.end)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps([adapters, options]), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            code = self._process.wait()
+            self.end()
+            raise AssertionError(f"the measuring process ended with {code}: see its traceback")
+        result: dict[str, Any] = json.loads(answer)
+        return result
+
+    def end(self) -> None:
+        """End it."""
+        process, self._process = self._process, None
+        if process is not None:
+            with process:
+                pass
+            atexit.unregister(self.end)
+
+
+_measuring = _Measuring()
+
+
 def task_peaks(adapters: Sequence[str], *, workers: int = 1, **options: Any) -> dict[str, Any]:
-    """Run a merge's tasks one by one in a fresh process; return each one's projection and peak.
+    """Run a merge's tasks one by one in another process; return each one's projection and peak.
 
     With more workers a task that is alone has several lanes.
     """
-    with tempfile.TemporaryDirectory() as directory:
-        done = subprocess.run(
-            [sys.executable, "-c", _TASKS],
-            input=json.dumps([list(adapters), {"workers": workers, **options}, directory]),
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    return _measuring(list(adapters), {"workers": workers, **options})
 
 
 @contextlib.contextmanager

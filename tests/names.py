@@ -5,16 +5,16 @@ from __future__ import annotations
 from streammerge.catalog import RuleSpec
 from streammerge.registry import METHODS, RULES
 
-IN_BASES = (
-    "ties@core",
-    "ties@knots",
-    "dare_ties@core",
-    "dare_linear@knots",
-    "magnitude_prune@core",
-    "magnitude_prune@knots",
-    "ties@ctm",
+PAIRS = (
+    *METHODS,
+    *(
+        f"{rule.name}@{space}"
+        for rule in RULES.values()
+        for space in rule.spaces
+        if not any((rule.name, space) == (method.rule, method.space) for method in METHODS.values())
+    ),
 )
-"""Rules in spaces that no method is named after; with the other rules they work alike."""
+"""Every rule in every space that it goes with: the methods, and pairs that none is named after."""
 
 
 def chosen(name: str) -> dict[str, str]:

@@ -23,7 +23,7 @@ import pytest
 import streammerge
 from clusters import LocalCluster, cluster_of, kill, wait_until
 from making import CONFIG, PREFIX, WEIGHTS, convolution, embedding, encode, linear, write_adapter
-from names import chosen, most, rule_of
+from names import PAIRS, chosen, most, rule_of
 from streammerge import errors, events
 from streammerge.adapter import NameTable, TensorFile
 from streammerge.budget import GIB, MIB, ON_CPU, Grant, granted_by_slurm
@@ -32,7 +32,6 @@ from streammerge.executors.remote import Gate, WorkerFacts, look
 from streammerge.executors.workers import common_budget
 from streammerge.planner.part import take_part
 from streammerge.readers import read_adapters
-from streammerge.registry import METHODS
 
 SAME = (WEIGHTS, CONFIG, "streammerge.json", "streammerge_config.yml")
 REAL = tuple(
@@ -88,17 +87,16 @@ HEAVY = {"method": "ties_svd", "density": 0.3, "rank": 8}
 # The same bytes
 
 
-@pytest.mark.parametrize("method", [*METHODS, "ties@core", "dare_ties@knots", "ties@ctm"])
+@pytest.mark.parametrize("method", PAIRS)
 def test_three_workers_make_the_same_bytes(
     method: str, sources: list[str], three: LocalCluster, tmp_path: Path
 ) -> None:
     sources = sources[: most(method)]
-    streammerge.merge(sources, tmp_path / "serial", workers=1, **options(method))
-    result = streammerge.merge(
-        sources, tmp_path / "out", scheduler=three.address, **options(method)
-    )
+    asked = {**options(method), "exclude": r"model\.[0-9]{2}"}
+    streammerge.merge(sources, tmp_path / "serial", workers=1, **asked)
+    result = streammerge.merge(sources, tmp_path / "out", scheduler=three.address, **asked)
     assert files(tmp_path / "out") == files(tmp_path / "serial")
-    assert len(result.modules) == len(LAYERS)
+    assert len(result.modules) == 13
     assert streammerge.verify(tmp_path / "out").checksums
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert left == {*SAME, "streammerge-timings.json"}

@@ -156,8 +156,7 @@ def test_it_passes_what_every_method_passes() -> None:
     plans = "tests/test_plans.py::test_a_budget_decides_what_is_kept_and_nothing_else"
     cluster = "tests/test_cluster.py::test_three_workers_make_the_same_bytes"
     memory = [
-        f"tests/test_memory.py::test_every_task_keeps_its_projection[{name}-{room}-3]"
-        for name, room in zip(names, ("least", "ample"), strict=True)
+        f"tests/test_memory.py::test_every_task_keeps_its_projection[{name}]" for name in names
     ]
     chosen = [*same, f"{plans}[strongest_svd]", f"{cluster}[strongest_svd]", *memory]
     pytest_passes(REPOSITORY, *chosen, passed=len(chosen))

@@ -29,6 +29,7 @@ from streammerge import errors, events
 from streammerge.adapter import NameTable
 from streammerge.budget import Budget
 from streammerge.cli.progress import Progress
+from streammerge.kernels import shared
 from streammerge.kernels.census import Question, Standing, Tally, take_census
 from streammerge.output.staging import MARK_NAME, journal_path, staging_path
 from streammerge.planner import fit, make_plan
@@ -348,6 +349,8 @@ def test_same_bytes(
     kind: str, case: str, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In whatever memory, on however many threads, in groups of one adapter or of all."""
+    # Bases are found anew in every pass; how well they are found makes no difference here.
+    monkeypatch.setattr(shared, "SWEEPS", 3)
     paths, options = saved(kind), options_of(case)
     least = least_room(paths, options)
     settings = {
@@ -499,7 +502,7 @@ def test_another_scope_is_not_gone_on_with(saved: Saved, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL", "time limit"])
 def test_stopped_in_the_census(how: str, tmp_path: Path) -> None:
-    layers = {f"model.{i:02d}": linear(1500, 1500, 8) for i in range(12)}
+    layers = {f"model.{i:02d}": linear(1000, 1000, 8) for i in range(8)}
     paths = [str(write_random(tmp_path / f"{i}", layers, seed=i)) for i in range(3)]
     options = ["--method=ties_svd", "--density=0.3", "--threshold-scope=global", "--workers=1"]
     command = [
@@ -617,8 +620,8 @@ def test_the_plan_says_what_it_takes(saved: Saved) -> None:
 @pytest.mark.parametrize("case", ["ties@factor", "ties@delta", "breadcrumbs@delta", "ties@knots"])
 def test_a_merge_under_a_hard_cap(case: str, tmp_path: Path) -> None:
     """In the smallest budget, of which a group of adapters takes as much as there is."""
-    layers = {"wide": linear(1024, 3072, 16), "tall": linear(2048, 512, 16)}
-    paths = [str(write_random(tmp_path / f"{i}", layers, seed=i, dtype="BF16")) for i in range(24)]
+    layers = {"wide": linear(768, 2048, 16), "tall": linear(1536, 512, 16)}
+    paths = [str(write_random(tmp_path / f"{i}", layers, seed=i, dtype="BF16")) for i in range(16)]
     options = options_of(case)
     with pytest.raises(errors.BudgetError) as refused:
         streammerge.plan(paths, max_memory="1MiB", **options)
@@ -632,7 +635,7 @@ def test_a_merge_under_a_hard_cap(case: str, tmp_path: Path) -> None:
         assert capped.peak_bytes <= budget
         assert written(tmp_path / name) == written(tmp_path / "free")
     assert free.plan.census is not None
-    assert free.plan.census.adapters_at_once == 24
+    assert free.plan.census.adapters_at_once == 16
 
 
 def test_a_thousand_adapters(tmp_path: Path) -> None:

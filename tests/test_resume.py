@@ -15,10 +15,9 @@ import pytest
 
 import streammerge
 from making import CONFIG, PREFIX, WEIGHTS, linear, make_factors, put, write_adapter
-from names import chosen, most, rule_of
+from names import PAIRS, chosen, most, rule_of
 from streammerge import errors, events
 from streammerge.budget import parse_duration
-from streammerge.catalog import METHODS
 from streammerge.output.staging import MARK_NAME, journal_path, staging_path
 from streammerge.output.writer import RegionWriter
 from streammerge.plans import Sources
@@ -84,7 +83,7 @@ def undisturbed(sources: list[Path], tmp_path: Path) -> Callable[..., dict[str, 
     return make
 
 
-@pytest.mark.parametrize("method", [*METHODS, "ties@core", "dare_ties@knots", "ties@ctm"])
+@pytest.mark.parametrize("method", PAIRS)
 def test_goes_on_to_the_same_bytes(method: str, sources: list[Path], tmp_path: Path) -> None:
     """Ended on one thread, gone on with on two, reading in another way, in another memory."""
     options, sources = options_for(method), sources[: most(method)]

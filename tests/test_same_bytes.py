@@ -29,7 +29,7 @@ from making import (
     make_factors,
     write_adapter,
 )
-from names import IN_BASES, chosen, most, rule_of
+from names import PAIRS, chosen, most, rule_of, space_of
 from streammerge import events
 from streammerge.adapter import Adapter, NameTable
 from streammerge.budget import Budget
@@ -41,7 +41,6 @@ from streammerge.planner.memory import PAGE_BYTES
 from streammerge.plans import Plan
 from streammerge.readers import read_adapter
 from streammerge.recipe import Recipe
-from streammerge.registry import METHODS
 from streammerge.run import run_plan
 from streammerge.tiling import flat_tiles, row_tiles
 from streammerge.worker.factors import FactorReader
@@ -60,13 +59,15 @@ TARGETS = {
 }
 WEIGHTS_GIVEN = (1.0, -0.6, 0.3)
 
-METHOD_NAMES = (*METHODS, *IN_BASES)
-BY_THRESHOLD = tuple(n for n in METHOD_NAMES if rule_of(n).sparsity in ("largest", "varied"))
-STREAMED = tuple(
-    name
-    for name, method in METHODS.items()
-    if method.space == "delta" and rule_of(name).kind == "element-wise" and method.rule != "linear"
+BY_THRESHOLD = tuple(n for n in PAIRS if rule_of(n).sparsity in ("largest", "varied"))
+IN_TILES = tuple(
+    pair
+    for pair in PAIRS
+    if space_of(pair) not in ("factor", "exact")
+    and rule_of(pair).kind == "element-wise"
+    and rule_of(pair).name != "linear"
 )
+STREAMED = tuple(pair for pair in IN_TILES if space_of(pair) == "delta")
 
 Saved = Callable[[str], list[Path]]
 
@@ -105,7 +106,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def options_for(method: str, **more: Any) -> dict[str, Any]:
     """The words are there for their large factor; their delta would only take time."""
     options = {**chosen(method), "weights": WEIGHTS_GIVEN[: most(method)], "seed": 7, **more}
-    if method in (*STREAMED, *IN_BASES):
+    if method in IN_TILES:
         options["exclude"] = WORDS
     return options | ({"density": 0.3} if rule_of(method).needs_density else {})
 
@@ -181,8 +182,7 @@ def lanes(plan: Plan) -> int:
 
 @pytest.mark.parametrize(
     ("kind", "method"),
-    [("normal", method) for method in METHOD_NAMES]
-    + [("equals", method) for method in BY_THRESHOLD],
+    [("normal", pair) for pair in PAIRS] + [("equals", pair) for pair in BY_THRESHOLD],
 )
 def test_same_bytes(kind: str, method: str, saved: Saved, disk: str, tmp_path: Path) -> None:
     adapters, options = saved(kind)[: most(method)], options_for(method)

@@ -28,6 +28,16 @@ NULL = 1e-12
 
 
 @dataclass(frozen=True)
+class Found:
+    """A basis on its way: stack·x with orthonormal columns."""
+
+    x: torch.Tensor
+    """k × columns."""
+    image: torch.Tensor
+    """squares·x: every product with what is large is made once."""
+
+
+@dataclass(frozen=True)
 class Side:
     """The factors of one side and their products with one another."""
 
@@ -82,20 +92,20 @@ def shared_bases(
         Side(stack, products, ranks, counts)
         for stack, products in zip((b, a.mT), squares, strict=True)
     )
-    x, y = _leading(left, right, rank), _leading(right, left, rank)
+    u, v = _leading(left, right, rank), _leading(right, left, rank)
     moved = 0.0
-    for _ in range(SWEEPS if x.shape[1] and y.shape[1] else 0):
+    for _ in range(SWEEPS if u.x.shape[1] and v.x.shape[1] else 0):
         check()
-        x_next = _turned(left, right, x, y)
-        y_next = _turned(right, left, y, x_next)
-        moved = max(_distance(left, x, x_next), _distance(right, y, y_next))
-        x, y = x_next, y_next
+        u_next = _turned(left, right, u, v)
+        v_next = _turned(right, left, v, u_next)
+        moved = max(_distance(u, u_next), _distance(v, v_next))
+        u, v = u_next, v_next
         if moved <= SETTLED:
             break
     unsettled = moved if moved > SETTLED else 0.0
     return (
-        _basis(left, right, (x, y), each, unsettled=unsettled),
-        _basis(right, left, (y, x), each, unsettled=unsettled),
+        _basis(left, right, (u, v), each, unsettled=unsettled),
+        _basis(right, left, (v, u), each, unsettled=unsettled),
     )
 
 
@@ -119,7 +129,7 @@ def _importance(
     return torch.repeat_interleave(weights, torch.tensor(list(ranks), device=norms.device))
 
 
-def _leading(side: Side, other: Side, rank: int) -> torch.Tensor:
+def _leading(side: Side, other: Side, rank: int) -> Found:
     """Return X with side.stack·X the leading left singular vectors of all deltas side by side.
 
     [c_1·Δ_1 … c_N·Δ_N] has those of stack·L, L the roots of the blocks c_t²·A_t·A_tᵀ.
@@ -143,7 +153,8 @@ def _leading(side: Side, other: Side, rank: int) -> torch.Tensor:
     kept = int(torch.count_nonzero(values > NULL * values[0].clamp_min(0.0)))
     chosen = vectors[:, :kept] / values[:kept].sqrt()
     parts = torch.split(chosen, ranks)
-    return torch.cat([root @ rows for root, rows in zip(roots, parts, strict=True)])
+    x = torch.cat([root @ rows for root, rows in zip(roots, parts, strict=True)])
+    return Found(x, side.squares @ x)
 
 
 def _root(block: torch.Tensor) -> torch.Tensor:
@@ -153,57 +164,58 @@ def _root(block: torch.Tensor) -> torch.Tensor:
     return root
 
 
-def _seen(other: Side, y: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Return c_t·A_t·V of each source, r_t × k; V = other.stack·y."""
-    return torch.split(other.counts[:, None] * (other.squares @ y), list(other.ranks))
+def _seen(other: Side, found: Found) -> Sequence[torch.Tensor]:
+    """Return c_t·A_t·V of each source, r_t × columns; V is what was found of the other side."""
+    return torch.split(other.counts[:, None] * found.image, list(other.ranks))
 
 
-def _turned(side: Side, other: Side, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return x after one step of orthogonal iteration on all deltas as the other basis sees them.
+def _turned(side: Side, other: Side, found: Found, seen: Found) -> Found:
+    """Return a basis after one step of orthogonal iteration on all deltas as the other one sees
+    them.
 
     P = [c_1·Δ_1·V …] = stack·E with E in blocks, and P·Pᵀ·U = stack·(E·Eᵀ·squares·x).
     """
-    images = torch.split(side.squares @ x, list(side.ranks))
-    pairs = zip(_seen(other, y), images, strict=True)
-    stepped = torch.cat([e @ (e.mT @ image) for e, image in pairs])
-    return _orthonormal(side, stepped)
+    images = torch.split(found.image, list(side.ranks))
+    pairs = zip(_seen(other, seen), images, strict=True)
+    return _orthonormal(side, torch.cat([e @ (e.mT @ image) for e, image in pairs]))
 
 
-def _orthonormal(side: Side, x: torch.Tensor) -> torch.Tensor:
+def _orthonormal(side: Side, x: torch.Tensor) -> Found:
     """Return x·T for which the columns of stack·x·T are orthonormal; as many as are apart."""
-    inside = x.mT @ (side.squares @ x)
+    image = side.squares @ x
+    inside = x.mT @ image
     vectors: torch.Tensor
     values, vectors = torch.linalg.eigh((inside + inside.mT) / 2)
     apart = values > NULL * values[-1:].clamp_min(0.0)
     vectors = vectors[:, apart] / values[apart].sqrt()
-    return x @ vectors
+    return Found(x @ vectors, image @ vectors)
 
 
-def _distance(side: Side, x: torch.Tensor, y: torch.Tensor) -> float:
-    """Return the sine of the largest angle between the spaces of stack·x and stack·y, about."""
-    if x.shape != y.shape:
+def _distance(first: Found, second: Found) -> float:
+    """Return the sine of the largest angle between two spaces, about."""
+    if first.x.shape != second.x.shape:
         return 1.0
-    inside = x.mT @ (side.squares @ y)
-    rest = y - x @ inside
-    return math.sqrt(max(0.0, float((rest * (side.squares @ rest)).sum())))
+    inside = first.x.mT @ second.image
+    rest, image = second.x - first.x @ inside, second.image - first.image @ inside
+    return math.sqrt(max(0.0, float((rest * image).sum())))
 
 
 def _basis(
     side: Side,
     other: Side,
-    found: tuple[torch.Tensor, torch.Tensor],
+    found: tuple[Found, Found],
     each: Each,
     *,
     unsettled: float,
 ) -> Basis:
     """Return the basis of stack·x, turned to the singular vectors of what the other one sees."""
-    x, y = found
-    if not x.shape[1]:
+    own, seen = found
+    if not own.x.shape[1]:
         return Basis(side.stack.new_empty(len(side.stack), 0), 1.0)
-    images = torch.split(side.squares @ x, list(side.ranks))
-    inside = torch.stack([e.mT @ i for e, i in zip(_seen(other, y), images, strict=True)])
+    images = torch.split(own.image, list(side.ranks))
+    inside = torch.stack([e.mT @ i for e, i in zip(_seen(other, seen), images, strict=True)])
     squares = torch.einsum("tab,tac->bc", inside, inside)
     values, vectors = torch.linalg.eigh((squares + squares.mT) / 2)
     values, vectors = values.flip(0).clamp_min_(0.0).sqrt_(), vectors.flip(1)
-    columns = multiply(side.stack, x @ vectors, each)
+    columns = multiply(side.stack, own.x @ vectors, each)
     return Basis(sign_(columns), smallest_gap(values), unsettled)

@@ -270,6 +270,8 @@ def warm_up() -> None:
     with one_thread_each():
         matrix = torch.ones(256, 256)
         torch.linalg.qr(matrix)
+        # From so many rows on the buffers of a product do not grow any more.
+        torch.ones(4096, 256, dtype=torch.float64) @ matrix.double()
         for values in (matrix @ matrix, matrix.double()):
             torch.linalg.svd(values)
         # What a basis takes is called by no other route: 5 MiB of code at the first call.

@@ -1,0 +1,90 @@
+"""Routes in bases: what makes them, the coordinates in them, and what is done with those."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from streammerge.catalog import RuleSpec
+from streammerge.planner.memory.buffers import Holding, pair_bytes, streamed_bytes, tile_bytes
+from streammerge.planner.memory.matrices import dense_bytes, krylov_bytes
+from streammerge.planner.routes import DOUBLE, Course, Shape, seen_shape, whole_side
+from streammerge.tiling import gram_rows, longest
+
+SIGNED = 2**20
+"""Entries of a basis that are looked at together for the signs, unless one vector has more."""
+
+
+def in_bases(rule: RuleSpec, shape: Shape, course: Course, holding: Holding) -> int:
+    """The bases, and with them what the merged coordinates take; the pair."""
+    merging = _coordinates(rule, seen_shape(course.route, shape), course, holding)
+    return with_bases(shape, course, holding.lanes, merging) + pair_bytes(shape)
+
+
+def with_bases(shape: Shape, course: Course, lanes: int, used: int) -> int:
+    """The bases; while they are made, what that takes, and later the factors' coordinates in them
+    and what is done with those."""
+    seen, k = seen_shape(course.route, shape), shape.total_rank
+    sides = (shape.m,) if course.route == "left_basis" else (shape.m, shape.n)
+    bases = sum(side * min(side, k) for side in sides) * shape.item
+    if len(sides) == 1:
+        bases += sum(rank * rank for rank in shape.ranks) * DOUBLE  # the L's
+    making = max(_basis(shape, side, lanes) for side in sides)
+    # A's coordinates are as wide as A in the one route, and read when they are needed.
+    coordinates = (seen.m if len(sides) == 1 else seen.m + seen.n) * k * shape.item
+    reading = max(shape.ranks) * max(shape.m, shape.n) * (shape.item + shape.stored_item)
+    projecting = 2 * max(seen.m, seen.n) * shape.item + max(shape.m, shape.n) * DOUBLE
+    reading += max(shape.ranks) * projecting
+    later = coordinates + max(lanes * reading, used)
+    return bases + max(making, later)
+
+
+def _basis(shape: Shape, side: int, lanes: int) -> int:
+    """The stacked factors; their Gram matrix, its eigenvectors and what LAPACK works in; rows in
+    float64 as they are multiplied. Or their QR and the SVD of the triangle."""
+    k = shape.total_rank
+    order, stack = min(side, k), side * k * shape.item
+    largest = max(shape.ranks)
+    reading = largest * max(shape.m, shape.n) * (shape.item + shape.stored_item)
+    rooting = lanes * (2 * reading + 5 * largest * largest * DOUBLE)
+    signs = min(side * order, max(side, SIGNED)) * (2 * shape.item + 2)
+    if shape.item == DOUBLE:
+        return max(rooting, 4 * stack + 8 * order * order * DOUBLE + max(reading, signs))
+    rows = longest(gram_rows(side)) * max(k, order) + longest(gram_rows(k)) * order
+    working = max(reading, signs, lanes * 2 * rows * DOUBLE)
+    return max(rooting, stack + 5 * order * order * DOUBLE + working)
+
+
+def _coordinates(rule: RuleSpec, seen: Shape, course: Course, holding: Holding) -> int:
+    """The A's that are kept, tiles, and what an iteration takes; or the whole of a matrix that
+    turns out to have a short side; the triples before they are brought back."""
+    kept = holding.factors and sum(seen.ranks[: holding.factors]) * seen.n * seen.item
+    tiles = streamed_bytes(rule, seen, replace(holding, factors=0))
+    short = min(seen.small, whole_side(seen.rank))
+    whole = replace(seen, m=short, n=max(seen.m, seen.n))
+    truncating = dense_bytes(whole)
+    if course.passes:
+        iterating = krylov_bytes(seen, course, holding.lanes) + holding.lanes * tile_bytes(seen)
+        truncating = max(truncating, iterating)
+    return kept + tiles + truncating
+
+
+def in_shared_bases(rule: RuleSpec, shape: Shape, course: Course, holding: Holding) -> int:
+    """The bases, and with them what the merged coordinates take; the pair."""
+    merging = _coordinates(rule, seen_shape(course.route, shape), course, holding)
+    return with_shared_bases(shape, holding.lanes, merging) + pair_bytes(shape)
+
+
+def with_shared_bases(shape: Shape, lanes: int, used: int) -> int:
+    """The stacked factors and their Gram matrices; one of them turned, with its eigenvectors and
+    what LAPACK works in; afterwards the bases, the factors' coordinates in them and what is done
+    with those."""
+    k, sides, r = shape.total_rank, shape.m + shape.n, shape.rank
+    stacks = k * sides * shape.item
+    rows = longest(gram_rows(max(shape.m, shape.n)))
+    reading = 2 * max(shape.ranks) * max(shape.m, shape.n) * (shape.item + shape.stored_item)
+    blocks = 3 * sum(rank * rank for rank in shape.ranks) * DOUBLE
+    working = max(4 * k * k * DOUBLE + blocks, lanes * 2 * rows * max(k, r) * DOUBLE)
+    iterating = 12 * k * r * DOUBLE + 2 * len(shape.ranks) * r * r * DOUBLE
+    finding = stacks + 2 * k * k * DOUBLE + max(reading, working) + iterating
+    later = 2 * r * k * shape.item + max(lanes * reading * 2, used)
+    return r * sides * shape.item + max(finding, later)
