@@ -61,7 +61,8 @@ class RuleSpec:
     of_rank: bool = False
     """Whether what it makes depends on the output's rank, which has to be a number then."""
     shares: bool = False
-    """Whether it goes by each weight's share of their sum, which must not be zero then."""
+    """Whether it goes by each weight's share of their sum, which must not be zero then, unless all
+    of them are."""
 
     @property
     def spaces(self) -> tuple[str, ...]:

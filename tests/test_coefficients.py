@@ -246,8 +246,18 @@ def test_groups_of_sources_meet() -> None:
     ("method", "options", "words"),
     [
         ("slerp", {"count": 3}, ("slerp", "2 adapters", "karcher")),
-        ("karcher", {"weights": (1.0, -1.0)}, ("karcher", "zero")),
+        (
+            "karcher",
+            {"weights": (1.0, -1.0)},
+            ("up: karcher", "zero", "1 of ", "-1 of ", "exclude"),
+        ),
+        ("slerp", {"weights": (-2.0, 2.0)}, ("up: slerp", "zero", "-2 of ", "/0 and 2 of ")),
         ("norm_matched", {"count": 3, "weights": (0.1, 0.2, -0.3)}, ("norm_matched", "zero")),
+        (
+            "model_stock",
+            {"count": 9, "weights": (*(1.0,) * 8, -8.0)},
+            ("model_stock", "1 of ", "and 5 more", "zero"),
+        ),
         ("karcher", {"space": "factor"}, ("karcher", "factor", "exact, delta")),
         ("karcher", {"space": "core"}, ("karcher", "core", "exact, delta")),
         ("model_stock", {"density": 0.5}, ("density", "model_stock")),
@@ -264,6 +274,29 @@ def test_refusals(
     with pytest.raises(RecipeError) as refused:
         streammerge.plan(paths, method=method, **options)
     assert all(word in str(refused.value) for word in words), refused.value
+
+
+@pytest.mark.parametrize("space", ["delta", "exact"])
+@pytest.mark.parametrize("method", NAMES)
+def test_a_target_that_only_adapters_of_weight_0_have(
+    method: str, space: str, tmp_path: Path
+) -> None:
+    """Nothing of them is wanted, so its delta is zero; the other targets are as ever."""
+    first, second, third, fourth = sources(4)
+    targets = [{"both": first, "mine": second}, {"both": third, "yours": fourth}]
+    paths = [write_adapter(tmp_path / f"{i}", one) for i, one in enumerate(targets)]
+    out = tmp_path / "out"
+    result = streammerge.merge(
+        paths, out, method=method, space=space, weights=[1.0, 0.0], on_event=events.ignore
+    )
+    found = read_adapter(out)
+    assert not found["yours"].delta.any()
+    assert relative_error(found["mine"].delta, second.delta) < 1e-5
+    assert found["both"].delta.any()
+    (told,) = [notice for notice in result.notices if "weight 0" in notice]
+    assert "1 of 3 targets" in told
+    assert "yours" in told
+    assert streammerge.verify(out).checksums
 
 
 def test_every_rule_has_its_function() -> None:

@@ -14,10 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streammerge
+from names import rule_of
 from oracle import restated
 from oracle.files import random_source, write_adapter
 from oracle.peft_oracle import SavedTarget, read_adapter, relative_distance, relative_error
 from oracle.restated import Source
+from streammerge import events
+from streammerge.catalog import METHODS
 
 TOLERANCE = 1e-5
 FEW = settings(max_examples=8, deadline=None, derandomize=True, database=None)
@@ -56,7 +59,7 @@ def merge(
     sources: Sequence[Source], weights: Sequence[float], method: str, **options: Any
 ) -> SavedTarget:
     """Merge sources of one target through files."""
-    if restated.uses_density(method):
+    if rule_of(method).needs_density:
         options.setdefault("density", 0.5)
     with saved(sources) as directories:
         output = directories[0].parent / "out"
@@ -88,6 +91,13 @@ def test_one_adapter_gives_its_own_delta(method: str, weight: float) -> None:
 def test_one_adapter_of_weight_nothing_gives_nothing(method: str) -> None:
     source = random_source(0, 8, 12, 3, scaling=1.5)
     assert np.abs(merge([source], [0.0], method, **undropped(method)).delta).max() == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_adapters_of_weight_nothing_give_nothing(method: str) -> None:
+    first, second = (random_source(seed, 8, 12, 3, scaling=1.5) for seed in (0, 1))
+    merged = merge([first, second], [0.0, 0.0], method, on_event=events.ignore)
+    assert not merged.delta.any()
 
 
 @pytest.mark.parametrize("method", restated.METHODS)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\b
 Examples:
-  streammerge compress A -o SMALL --rank 8
+  streammerge compress A -o EIGHT --rank 8
   streammerge compress A -o SMALL --rank energy:0.99
   streammerge compress A -o SMALLER --rank error:0.3,max:4 --dtype bfloat16
 """

@@ -20,6 +20,9 @@ Floats = npt.NDArray[np.float64]
 CANCELLED = 1e-12
 """A sum of weights that is this share of their magnitudes is zero."""
 
+SHOWN = 4
+"""Adapters that a message names."""
+
 
 def check_range(adapters: Sequence[Adapter], sources: Sources, dtype: str) -> None:
     """Check that the compute dtype can hold every weight times every scaling.
@@ -60,11 +63,16 @@ def _check_outliers(kept: float, rule: RuleSpec, dropped: float) -> None:
         )
 
 
-def check_sources(sources: Sources, alignment: Alignment, rule: RuleSpec) -> None:
+def check_sources(
+    adapters: Sequence[Adapter], sources: Sources, alignment: Alignment, rule: RuleSpec
+) -> None:
     """Check that a rule can do with each target's adapters and their weights.
 
+    Weights that are all 0 are no shares of anything, and need not be: nothing is wanted of the
+    target then.
+
     Raises:
-        RecipeError: there are too many, or weights that are shared out add up to zero.
+        RecipeError: there are too many, or weights that are shared out cancel.
     """
     for group in alignment.groups:
         count = group.last - group.first
@@ -75,13 +83,24 @@ def check_sources(sources: Sources, alignment: Alignment, rule: RuleSpec) -> Non
                 option="method",
             )
         weights = sources.weight[group.first : group.last]
+        if not rule.shares or not weights.any():
+            continue
         # What is left of weights that cancel is rounding.
-        if rule.shares and abs(weights.sum()) <= CANCELLED * np.abs(weights).sum():
+        if abs(weights.sum()) <= CANCELLED * np.abs(weights).sum():
+            paths = [adapters[i].path for i in sources.adapter[group.first : group.last]]
             raise RecipeError(
                 f"{group.target}: {rule.name} goes by each weight's share of their sum, which is "
-                "zero",
+                f"zero of {_listed(weights, paths)}; change a weight, or leave the target out with "
+                "exclude",
                 option="weights",
             )
+
+
+def _listed(weights: Floats, paths: Sequence[str]) -> str:
+    """Return the first of some adapters' weights, and how many more there are."""
+    shown = [f"{w:g} of {p}" for w, p in zip(weights[:SHOWN], paths, strict=False)]
+    left = len(paths) - len(shown)
+    return f"{', '.join(shown)} and {left} more" if left else " and ".join(shown)
 
 
 def _check_odds(densities: Floats, rule: RuleSpec, epsilon: float) -> None:
@@ -137,6 +156,17 @@ def check_bases(adapters: Sequence[Adapter], recipe: Recipe) -> list[str]:
             "output says true"
         )
     return notices
+
+
+def unwanted_targets(alignment: Alignment, sources: Sources) -> list[str]:
+    unwanted = [g.target for g in alignment.groups if not sources.weight[g.first : g.last].any()]
+    if not unwanted:
+        return []
+    notice = (
+        f"in {len(unwanted)} of {len(alignment.groups)} targets all adapters that have them have "
+        f"the weight 0 (such as {unwanted[0]}); their deltas are zero"
+    )
+    return [notice]
 
 
 def partial_targets(adapters: Sequence[Adapter], alignment: Alignment) -> list[str]:

@@ -29,6 +29,7 @@ from streammerge.planner.checks import (
     check_shares,
     check_sources,
     partial_targets,
+    unwanted_targets,
 )
 from streammerge.planner.extra_terms import Terms
 from streammerge.planner.extras import check_extras, extra_drafts, plan_extras
@@ -85,7 +86,7 @@ def make_plan(
     sources = resolve(alignment, scaling, recipe)
     check_range(adapters, sources, recipe.compute_dtype)
     check_shares(sources, rule, parameters)
-    check_sources(sources, alignment, rule)
+    check_sources(adapters, sources, alignment, rule)
     check_one_density(alignment, sources, rule)
     check_shapes(adapters, alignment, equal_ranks=space.equal_ranks)
     dtype = output_dtype(adapters, alignment, recipe.dtype)
@@ -149,7 +150,11 @@ def make_plan(
         scratch=scratch,
         census=census,
         extras=extra.modules,
-        notices=(*extra.notices, *notices, *settled, *partial_targets(adapters, alignment)),
+        notices=(
+            *(*extra.notices, *notices, *settled),
+            *partial_targets(adapters, alignment),
+            *(unwanted_targets(alignment, sources) if rule.shares or recipe.normalize else ()),
+        ),
         late=isinstance(recipe.rank, RankPolicy),
     )
 

@@ -27,7 +27,7 @@ def resolve(
 
     Raises:
         RecipeError: a schedule holds for no value of a target, or weights that are to be
-            normalised add up to zero.
+            normalised cancel.
     """
     starts = np.cumsum([0] + [len(s) for s in scaling[:-1]])
     weight = _column(alignment, recipe.weights, "weights")
@@ -95,11 +95,14 @@ def _column(alignment: Alignment, values: Sequence[Value], option: str) -> npt.N
 
 
 def _normalize(alignment: Alignment, weight: npt.NDArray[np.float64]) -> None:
-    """Divide the weights of each target by their sum, in place."""
+    """Divide the weights of each target by their sum, in place; those that are all 0 stay so."""
     for group in alignment.groups:
-        total = float(weight[group.first : group.last].sum())
+        weights = weight[group.first : group.last]
+        total = float(weights.sum())
+        if not weights.any():
+            continue
         if total == 0.0:
             raise RecipeError(
                 f"normalize: the weights of {group.target} add up to zero", option="normalize"
             )
-        weight[group.first : group.last] /= total
+        weights /= total

@@ -15,8 +15,13 @@ from streammerge.worker.work import Work
 
 
 def with_coefficients(work: Work) -> Work:
-    """Return the work with the rule's coefficients for weights: their sum is the merge."""
+    """Return the work with the rule's coefficients for weights: their sum is the merge.
+
+    Where all weights are 0 there are no shares to go by, and nothing is wanted: so are they.
+    """
     sources = work.sources
+    if not any(sources.weights):
+        return replace(work, coefficients=[0.0] * len(sources))
     ranks = [reader.matrix_shape[0] for reader in sources.a]
 
     def stacks(group: range) -> Stacks:
