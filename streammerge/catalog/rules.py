@@ -1,35 +1,15 @@
-"""What every rule, space and method is called, needs and costs. No tensor code lives here.
-
-A *rule* says how N tensors become one, a *space* what the rule is applied to and how the answer
-becomes a pair (A, B) again. PEFT's combination types are names for a (rule, space) pair. A rule's
-code is one file under `rules/`, a space's one file under `spaces/`; both are found by the name.
-"""
+"""How N tensors become one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from streammerge.catalog.parameter import Parameter
+from streammerge.catalog.spaces import SPACES
+
 Kind = Literal["element-wise", "coefficient", "spectral"]
 Sparsity = Literal["none", "largest", "middle", "random", "ranked", "varied"]
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A number that a rule or a space takes, besides the options that many share."""
-
-    name: str
-    default: float
-    low: float
-    high: float
-    """Both bounds are allowed."""
-    about: str
-    whole: bool = False
-    """Whether it is an integer."""
-
-    def takes(self, value: float) -> bool:
-        """Return whether it may have this value."""
-        return self.low <= value <= self.high and not (self.whole and value % 1)
 
 
 @dataclass(frozen=True)
@@ -98,33 +78,6 @@ class RuleSpec:
     def cuts(self) -> int:
         """How many thresholds it needs in each tensor."""
         return {"largest": 1, "middle": 2}.get(self.sparsity, 0)
-
-
-@dataclass(frozen=True)
-class SpaceSpec:
-    """One space."""
-
-    name: str
-    summary: str
-    equal_ranks: bool
-    """Whether all adapters need the same rank in a target."""
-    truncates: bool
-    """Whether the result is cut to a rank, so that `rank` and `clamp` make sense."""
-    source: str
-    """The paper, or where else it was defined."""
-    spans: bool = True
-    """Whether it holds the deltas whole, so that a weighted sum is the same in it as of them."""
-    parameters: tuple[Parameter, ...] = ()
-    """Numbers that it takes."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """One name for a (rule, space) pair."""
-
-    name: str
-    rule: str
-    space: str
 
 
 _TIES = "Yadav et al. 2023, arXiv 2306.01708"
@@ -316,103 +269,3 @@ RULES: dict[str, RuleSpec] = {
         ),
     )
 }
-
-SPACES: dict[str, SpaceSpec] = {
-    space.name: space
-    for space in (
-        SpaceSpec(
-            name="exact",
-            summary="the sum itself, factors side by side: rank is the sum of ranks",
-            equal_ranks=False,
-            truncates=False,
-            source="PEFT",
-        ),
-        SpaceSpec(
-            name="factor",
-            summary="the rule on all A's and on all B's, each on their own",
-            equal_ranks=True,
-            truncates=False,
-            source="PEFT",
-        ),
-        SpaceSpec(
-            name="delta",
-            summary="the rule on the deltas B·A·s, then the best approximation of a rank",
-            equal_ranks=False,
-            truncates=True,
-            source="PEFT",
-        ),
-        SpaceSpec(
-            name="core",
-            summary="the rule on the deltas' coordinates in bases of all B's and of all A's, then "
-            "the best approximation of a rank",
-            equal_ranks=False,
-            truncates=True,
-            source="Panariello et al. 2025, arXiv 2509.17786",
-        ),
-        SpaceSpec(
-            name="knots",
-            summary="the rule on the deltas' coordinates in the left singular vectors of all "
-            "deltas side by side, then the best approximation of a rank",
-            equal_ranks=False,
-            truncates=True,
-            source="Stoica et al. 2024, arXiv 2410.19735",
-        ),
-        SpaceSpec(
-            name="ctm",
-            summary="the rule on the deltas' coordinates in two bases of the output's rank that "
-            "they share",
-            equal_ranks=False,
-            truncates=True,
-            spans=False,
-            source="He et al. 2026, arXiv 2606.03723",
-            parameters=(
-                Parameter(
-                    "beta", 0.25, 0.0, 1.0, "how far the bases go by each delta's own norm: 0, not"
-                ),
-            ),
-        ),
-    )
-}
-
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method("linear", "linear", "factor"),
-        Method("cat", "linear", "exact"),
-        Method("svd", "linear", "delta"),
-        Method("ties", "ties", "factor"),
-        Method("ties_svd", "ties", "delta"),
-        Method("dare_linear", "dare_linear", "factor"),
-        Method("dare_ties", "dare_ties", "factor"),
-        Method("dare_linear_svd", "dare_linear", "delta"),
-        Method("dare_ties_svd", "dare_ties", "delta"),
-        Method("magnitude_prune", "magnitude_prune", "factor"),
-        Method("magnitude_prune_svd", "magnitude_prune", "delta"),
-        Method("breadcrumbs", "breadcrumbs", "delta"),
-        Method("della", "della", "delta"),
-        Method("della_linear", "della_linear", "delta"),
-        Method("sce", "sce", "delta"),
-        Method("consensus", "consensus", "delta"),
-        Method("slerp", "slerp", "delta"),
-        Method("multislerp", "multislerp", "delta"),
-        Method("karcher", "karcher", "delta"),
-        Method("model_stock", "model_stock", "delta"),
-        Method("norm_matched", "norm_matched", "delta"),
-        Method("tsv", "tsv", "delta"),
-        Method("iso_c", "iso_c", "delta"),
-        Method("iso_cts", "iso_cts", "delta"),
-        Method("ctm", "linear", "ctm"),
-    )
-}
-"""PEFT's eleven combination types, and what others call by a name of its own."""
-
-
-PARAMETERS: dict[str, Parameter] = {
-    parameter.name: parameter
-    for parameters in [
-        *(rule.parameters for rule in RULES.values()),
-        *(space.parameters for space in SPACES.values()),
-    ]
-    for parameter in parameters
-}
-"""All of them, by name."""
