@@ -26,13 +26,22 @@ from mutating.mutants import Mutant, mutants
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = {
     "planner": (
-        ("streammerge/planner/*.py", "streammerge/tiling.py"),
+        ("streammerge/planner/*.py", "streammerge/planner/memory/*.py", "streammerge/tiling.py"),
         ("test_plans", "test_peft_faults", "test_device", "test_loads_in_peft", "test_refusals",
          "test_lanes"),
     ),
     "rules": (
         ("streammerge/rules/*.py", "streammerge/spaces/*.py", "streammerge/kernels/tiles.py"),
-        ("test_identities", "test_thresholds", "test_restated_against_peft", "test_against_peft"),
+        ("test_identities", "test_coefficients", "test_della", "test_sce", "test_consensus",
+         "test_breadcrumbs", "test_spectral", "test_thresholds", "test_restated_against_peft",
+         "test_against_peft"),
+    ),
+    "bases": (
+        ("streammerge/kernels/bases.py", "streammerge/kernels/shared.py",
+         "streammerge/kernels/inner.py", "streammerge/kernels/polar.py",
+         "streammerge/kernels/ranks.py", "streammerge/kernels/census.py"),
+        ("test_coefficients", "test_spectral", "test_della", "test_spaces",
+         "test_global_threshold"),
     ),
     "select": (
         ("streammerge/select.py", "streammerge/kernels/thresholds.py", "streammerge/draw.py"),
