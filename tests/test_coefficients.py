@@ -69,7 +69,7 @@ def count_for(method: str) -> int:
 def test_the_definition(method: str, space: str, compute: str) -> None:
     adapters = sources(count_for(method))
     weights = WEIGHTS[: len(adapters)]
-    expected = wholes.COEFFICIENT[method]([s.delta for s in adapters], weights)
+    expected = wholes.merged(method, [s.delta for s in adapters], weights)
     options: dict[str, Any] = {"space": space, "compute_dtype": compute, "dtype": "float64"}
     if space == "delta":
         options["rank"] = 30
@@ -81,7 +81,7 @@ def test_the_definition(method: str, space: str, compute: str) -> None:
 def test_the_best_pair_of_a_rank(method: str) -> None:
     adapters = sources(count_for(method))
     weights = WEIGHTS[: len(adapters)]
-    expected = wholes.COEFFICIENT[method]([s.delta for s in adapters], weights)
+    expected = wholes.merged(method, [s.delta for s in adapters], weights)
     found = merge(adapters, weights, method, rank=3, **EXACT)
     assert relative_error(found, best_rank(expected, 3)) < 1e-10
 
@@ -92,7 +92,7 @@ def test_a_short_side(method: str) -> None:
     adapters = [random_source(i, 30, 900, 12, scaling=1.0) for i in range(count_for(method))] * 8
     adapters = adapters[: RULES[method].most_adapters]
     weights = ([1.0, 0.7, 0.2, 0.4] * 8)[: len(adapters)]
-    expected = wholes.COEFFICIENT[method]([s.delta for s in adapters], weights)
+    expected = wholes.merged(method, [s.delta for s in adapters], weights)
     found = merge(adapters, weights, method, rank=30)
     assert relative_error(found, expected) < 1e-5
 
@@ -138,8 +138,8 @@ def test_the_length_is_the_mean_one(method: str) -> None:
 def test_a_karcher_mean_is_where_the_directions_average_out() -> None:
     adapters = sources(4)
     found = merge(adapters, WEIGHTS, "karcher", rank=30, **EXACT).ravel()
-    units = [source.delta.ravel() / np.linalg.norm(source.delta) for source in adapters]
-    tangent = wholes._toward(found / np.linalg.norm(found), units, wholes.shares(WEIGHTS))
+    units = np.stack([source.delta.ravel() / np.linalg.norm(source.delta) for source in adapters])
+    tangent, *_ = wholes.toward(found / np.linalg.norm(found), units, wholes.shares(WEIGHTS))
     assert np.linalg.norm(tangent) < 1e-10
 
 

@@ -290,13 +290,13 @@ def in_coordinates(space: str, sources: Sequence[Source]) -> Coordinates:
     """
     if space == "knots":
         deltas = np.hstack([source.delta for source in sources])
-        u, s, vt, margin = _settled(*np.linalg.svd(deltas, full_matrices=False))
+        u, s, vt, margin = settled(*np.linalg.svd(deltas, full_matrices=False))
         blocks = np.split(s[:, None] * vt, len(sources), axis=1)
         return Coordinates(_without_rounding(blocks), u, None, margin)
     side_by_side = np.hstack([source.b for source in sources])
-    u, _, _, of_left = _settled(*np.linalg.svd(side_by_side, full_matrices=False))
+    u, _, _, of_left = settled(*np.linalg.svd(side_by_side, full_matrices=False))
     stacked = np.vstack([source.a for source in sources]).T
-    v, _, _, of_right = _settled(*np.linalg.svd(stacked, full_matrices=False))
+    v, _, _, of_right = settled(*np.linalg.svd(stacked, full_matrices=False))
     cores = [source.scaling * (u.T @ source.b @ source.a @ v) for source in sources]
     return Coordinates(_without_rounding(cores), u, v, min(of_left, of_right))
 
@@ -315,7 +315,7 @@ def merge_in(
     return seen.back(apply_rule(rule, seen.tensors, weights, **options))
 
 
-def _settled(u: Matrix, s: Matrix, vt: Matrix) -> tuple[Matrix, Matrix, Matrix, float]:
+def settled(u: Matrix, s: Matrix, vt: Matrix) -> tuple[Matrix, Matrix, Matrix, float]:
     """Without the triples of zero, and with the largest entry of each left vector positive; and
     how far other values, or another sign, are from being as right."""
     kept = s > 1e-9 * s[0]
