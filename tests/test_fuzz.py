@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
-from fuzzing import merges
+from fuzzing import merges, outcomes
 from fuzzing.judge import CLEAN, FAULT, READ
 from fuzzing.parsers import run_batch
 
@@ -29,9 +29,9 @@ def test_directories_are_read_or_refused(part: int) -> None:
 @pytest.mark.parametrize("part", range(PARTS))
 def test_merges_are_what_the_formulas_give(part: int) -> None:
     """And the same bytes in whatever way they are run."""
-    found = merges.Found()
+    found = outcomes.Found()
     for number in range(part, MERGES, PARTS):
         merges.run_case(1, number, found)
     assert not found.failures
-    assert found.targets.total() > 2 * found.targets[merges.UNDECIDED]
+    assert found.targets.total() > 2 * found.targets[outcomes.UNDECIDED]
     assert found.refused.keys() <= {"ClampError"}

@@ -364,6 +364,22 @@ def pruning_gap(x: Matrix, density: float) -> float:
     return float((ordered[keep - 1] - ordered[keep]) / ordered[keep - 1])
 
 
+def is_clear_cut(x: Matrix, errors: Matrix, keep: int) -> bool:
+    """Whether the `keep` largest |x| are the largest whatever errors up to these there are.
+
+    Zeros may be anywhere: it makes no difference which of them are kept.
+    """
+    if not errors.any():
+        return True
+    order = np.argsort(-np.abs(x), kind="stable")
+    kept, rest = order[:keep], order[keep:]
+    rest = rest[x[rest] != 0]
+    if not len(kept) or not len(rest):
+        return True
+    least, most = np.abs(x[kept]) - errors[kept], np.abs(x[rest]) + errors[rest]
+    return bool(least.min() > most.max())
+
+
 def rank_gap(x: Matrix) -> float:
     """The smallest distance of two magnitudes in a row, but for zeros, relative to the largest."""
     ordered = np.sort(np.abs(x), axis=1)
