@@ -189,6 +189,44 @@ def test_right_across_from_each_other() -> None:
         assert np.linalg.norm(found) <= np.linalg.norm(adapter.delta) * (1 + 1e-9), method
 
 
+def against(adapter: Source, times: float) -> Source:
+    """The opposite, so many times as large."""
+    return Source(adapter.a, -times * adapter.b, adapter.scaling)
+
+
+@pytest.mark.parametrize("space", ["delta", "exact"])
+@pytest.mark.parametrize("method", ["multislerp", "karcher"])
+def test_right_across_with_the_lesser_weight(method: str, space: str) -> None:
+    """It leads nowhere, though its cosine is -1 but for rounding; the mean length stays."""
+    rank = {} if space == "exact" else {"rank": 5}
+    for seed in range(8):
+        (adapter,) = sources(1, seed=seed)
+        both = [adapter, against(adapter, 3 + seed / 7)]
+        found = merge(both, [1.0, 0.3], method, space=space, **rank, **EXACT)
+        length = (1 + 0.3 * (3 + seed / 7)) / 1.3
+        assert relative_error(found, length * adapter.delta) < 1e-7
+
+
+@pytest.mark.parametrize("method", ["multislerp", "karcher", "norm_matched"])
+def test_what_cancels_is_nothing(method: str) -> None:
+    """No coefficient comes from what rounding leaves of a length."""
+    for seed in range(8):
+        (adapter,) = sources(1, seed=seed)
+        times = 3 + seed / 7
+        both = [adapter, against(adapter, times)]
+        weights = [times, 1.0] if method == "norm_matched" else [1.0, 1.0]
+        with tempfile.TemporaryDirectory() as place:
+            paths = [
+                write_adapter(Path(place) / f"{i}", {"layer": source}, dtype=torch.float64)
+                for i, source in enumerate(both)
+            ]
+            out = Path(place) / "out"
+            streammerge.merge(
+                paths, out, method=method, space="exact", weights=weights, on_event=events.ignore
+            )
+            assert not read_adapter(out)["layer"].a.any()
+
+
 def test_groups_of_sources_meet() -> None:
     """Inner products of stacks that are taken in groups are those of the whole."""
     made = sources(7, 50, 20)

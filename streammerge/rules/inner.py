@@ -8,6 +8,10 @@ from functools import cached_property
 
 import torch
 
+BLUR = 1e-7
+"""Lengths and sines below this share are rounding: they are roots of what inner products in float64
+are off."""
+
 
 @dataclass(frozen=True)
 class Inner:

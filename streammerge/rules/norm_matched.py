@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from streammerge.rules.inner import Inner
+from streammerge.rules.inner import BLUR, Inner
 
 
 def norm_matched(inner: Inner) -> torch.Tensor:
@@ -15,6 +15,6 @@ def norm_matched(inner: Inner) -> torch.Tensor:
     """
     length = inner.length(inner.shares)
     wanted = float(inner.shares.abs() @ inner.norms)
-    if length <= torch.finfo(torch.float64).eps * wanted:
+    if length <= BLUR * wanted:
         return torch.zeros_like(inner.shares)
     return inner.shares * (wanted / length)
