@@ -94,7 +94,8 @@ class Seen:
     @property
     def limit(self) -> float:
         """What of two elements is more than rounding, relatively."""
-        return max(DECIDED[self.case.options["compute_dtype"]], self.unsure) / self.margin
+        rounding = max(DECIDED[self.case.options["compute_dtype"]], self.unsure)
+        return rounding / self.margin if self.margin else math.inf
 
     def errors(self) -> list[float]:
         """How far elements of each tensor may be off."""

@@ -2,11 +2,13 @@
 
     scripts/fuzz-merges [--minutes M | --cases N] [--seed S] [--only CASE]
 
-A case is a random recipe on random small adapters. It is merged twice: serially with ample memory,
-and as the case says (threads, tight memory, scratch, pread), which has to give the same bytes. What
-lies in the files is compared with what the formulas give: factors by their elements, truncated
-matrices by their residual. Where rounding decides what is pruned or elected there is no one right
-answer; such targets are counted as undecided. A failure is printed with its number.
+A case is a random recipe, of any rule in any space that it goes with, on random small adapters. It
+is merged twice: serially with ample memory, and as the case says (threads, tight memory, scratch,
+pread), which has to give the same bytes. What lies in the files is compared with what the formulas
+give: factors by their elements, truncated matrices by their residual. Where rounding decides there
+is no one right answer: what is pruned or elected, equal singular values at a cut, directions that
+cancel. Such targets are counted as undecided, with the reason. What docs/methods.md refuses has to
+be refused, and for that reason. A failure is printed with its number.
 """
 
 from __future__ import annotations
@@ -116,8 +118,8 @@ def _merge(plan: Plan, manifests: list[Adapter], out: Path) -> errors.Streammerg
 def _failure(case: Case, error: errors.StreammergeError, found: Found) -> str:
     """Whether a merge had a reason to fail; these adapters give few."""
     found.refused[type(error).__name__] += 1
-    if isinstance(error, errors.ClampError) and case.options.get("clamp"):
-        return ""
+    if isinstance(error, errors.ClampError) and error.quantile == case.options.get("clamp"):
+        return "" if error.limit <= 0 else f"clamped at {error.limit}: {error}"
     return f"{type(error).__name__}: {error}"
 
 

@@ -120,7 +120,7 @@ def make_case(random: Random) -> Case:
         policy = _policy(random) if not rule.of_rank or random.random() < 0.2 else 3
         options["rank"] = random.choice((None, None, 1, 2, 4, 60, policy))
         # Where all singular values are one, no two ways have the same vectors to be clamped.
-        seldom = 30 if rule.of_rank else 10
+        seldom = 60 if rule.of_rank else 20
         options["clamp"] = random.choice((None,) * seldom + (1.0, 0.99, 0.7))
     return Case(
         adapters=adapters,
