@@ -298,9 +298,9 @@ def find_shared(
     norms = _norms(deltas)
     wanted = beta * norms + (1 - beta) * norms.mean()
     scaled = [d * c for d, c in zip(deltas, _over(wanted, norms), strict=True)]
-    starts = [np.linalg.svd(np.hstack(x), full_matrices=False) for x in (scaled, _turned(scaled))]
+    starts = [_left_of(np.hstack(x)) for x in (scaled, _turned(scaled))]
     # All of them lie in the spaces that they span, where everything is smaller.
-    spanned = [u[:, s > NOWHERE * s[0]] for u, s, _ in starts]
+    spanned = [u[:, s > NOWHERE * s[0]] for u, s in starts]
     values = starts[0][1], starts[1][1]
     inside = [spanned[0].T @ delta @ spanned[1] for delta in scaled]
     u, v = (np.eye(x.shape[1])[:, :rank] for x in spanned)
@@ -311,24 +311,30 @@ def find_shared(
         v = _led([x.T @ u for x in inside], v, step=step)
         moved, taken = max(map(_moved, before, (u, v))), taken + 1
     margins = []
-    if u.size and v.size:
+    seen = [x @ v for x in inside], [x.T @ u for x in inside]
+    u, v = (span[:, :0] for span in spanned)
+    if seen[0][0].size and seen[1][0].size:
         turned = []
-        for span, parts in (
-            (spanned[0], [x @ v for x in inside]),
-            (spanned[1], [x.T @ u for x in inside]),
-        ):
-            left, s, right = np.linalg.svd(span @ np.hstack(parts), full_matrices=False)
-            left, _, _, margin = restated.settled(left[:, :rank], s[:rank], right[:rank])
-            turned.append(left)
+        for span, parts in zip(spanned, seen, strict=True):
+            left, s, right = np.linalg.svd(np.hstack(parts), full_matrices=False)
+            signed, *_, margin = restated.settled(span @ left[:, :rank], s[:rank], right[:rank])
+            turned.append(signed)
             margins.append(margin)
         u, v = turned
-    else:
-        u, v = np.zeros((len(deltas[0]), 0)), np.zeros((deltas[0].shape[1], 0))
     return Shared(u, v, values, taken, moved, min(margins, default=1.0))
 
 
 def _turned(deltas: Sequence[Matrix]) -> list[Matrix]:
     return [delta.T for delta in deltas]
+
+
+def _left_of(x: Matrix) -> tuple[Matrix, Matrix]:
+    """Left singular vectors and singular values; of a wide matrix those of the triangle of its QR,
+    which has the same."""
+    if x.shape[1] > x.shape[0]:
+        x = np.linalg.qr(x.T, mode="r").T
+    u, s, _ = np.linalg.svd(x, full_matrices=False)
+    return u, s
 
 
 def _led(parts: Sequence[Matrix], before: Matrix, *, step: bool) -> Matrix:
