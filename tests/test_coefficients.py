@@ -207,6 +207,19 @@ def test_right_across_with_the_lesser_weight(method: str, space: str) -> None:
         assert relative_error(found, length * adapter.delta) < 1e-7
 
 
+@pytest.mark.parametrize("method", ["multislerp", "karcher"])
+def test_right_across_of_what_factors_nearly_cancel(method: str) -> None:
+    """A delta that is some thirty times shorter than its factors has a less certain cosine."""
+    for seed in range(8):
+        made = random_source(seed, 1, 1, 7)
+        shift = 0.03 * np.linalg.norm(made.a) * np.linalg.norm(made.b) - made.delta[0, 0]
+        factors = made.a, made.b + shift * made.a.T / np.linalg.norm(made.a) ** 2
+        both = [Source(*factors, 1.0), Source(np.ones((1, 1)), np.array([[-3.0]]), 1.0)]
+        length = (both[0].delta[0, 0] + 0.3 * 3) / 1.3
+        found = merge(both, [1.0, 0.3], method, rank=1, **EXACT)
+        assert found[0, 0] == pytest.approx(length, rel=1e-6)
+
+
 @pytest.mark.parametrize("method", ["multislerp", "karcher", "norm_matched"])
 def test_what_cancels_is_nothing(method: str) -> None:
     """No coefficient comes from what rounding leaves of a length."""

@@ -19,7 +19,7 @@ from fuzzing.recipes import make_case
 from fuzzing.refusals import UNEQUAL, reasons
 
 CASES, PARTS = 600, 4
-MERGES = 200
+MERGES = 180
 
 
 @pytest.mark.parametrize("part", range(PARTS))

@@ -23,10 +23,12 @@ STORED = {"float32": 1e-6, "float64": 1e-14}
 """Rounding of what is held in the compute dtype, with its accumulation."""
 UNIT = {"float32": 2.0**-24, "float64": 1e-15}
 """How large directions are that are nothing but rounding of what is held."""
-CANCELLED = (1e-10, 1e-6)
+CANCELLED = (1e-10, 1e-5)
 """Lengths and sines between these are zero to one arithmetic and not to another."""
 NULL = (1e-7, 1e-5)
 """Singular values between these shares of the largest are on the edge of being zero."""
+SHORT = 40.0
+"""A delta this much shorter than its factors may have a cosine that rounding keeps from -1."""
 MOST = 1e-2
 """What rounding moves more than this, relatively, is not compared."""
 STEPS = 100
@@ -85,12 +87,15 @@ def coefficient_answer(case: Case, here: Present) -> Answer:
     scale = float(np.abs(found) @ norms)
     there = norms > 0
     # How much of the factors cancels: inner products are squares.
-    worst = float((lengths(here.sources)[there] / norms[there]).max(initial=1.0)) ** 2
+    short = float((lengths(here.sources)[there] / norms[there]).max(initial=1.0))
+    worst = short**2
     margin, why = _margin(case, deltas, here.weights, norms)
     stretch = float(np.abs(wholes.shares(here.weights)).sum())
     unsure = DOUBLE * len(deltas) * worst * (1 + stretch) / margin**2
+    if short > SHORT:
+        why = LITTLE
     if not why and unsure > MOST:
-        why = LITTLE if DOUBLE * worst > MOST * 1e-3 else ACROSS
+        why = ACROSS
     return Answer(
         wholes.combined(deltas, found), unsure * scale, scale, why, tuple(map(float, found))
     )

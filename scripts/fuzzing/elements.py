@@ -29,6 +29,10 @@ ENDS = 1e-10
 NULL = (1e-9, 1e-4)
 """Singular values between these shares of the largest may be taken for zero or not."""
 
+FAINT = {"float32": 2e-5, "float64": 2e-11}
+"""Coordinates below this share of the largest may be zero in the product: they neither vote there
+nor count."""
+
 THRESHOLD = "a threshold within rounding"
 VARIANCE = "a threshold of variances within rounding"
 VOTE = "a vote within rounding"
@@ -155,7 +159,7 @@ def _in_shared_bases(case: Case, here: Present, rank: int) -> tuple[Seen, Coordi
     deltas, beta = [source.delta for source in here.sources], parameters_of(case)["beta"]
     found = wholes.find_shared(deltas, rank, beta, sweeps=SWEEPS)
     other = wholes.find_shared(deltas, rank, beta, sweeps=SWEEPS, step=True)
-    tensors = [found.u.T @ delta @ found.v for delta in deltas]
+    tensors = restated.without_rounding([found.u.T @ delta @ found.v for delta in deltas])
     seen = Coordinates(tensors, found.u, found.v, 1.0 if case.rule == "linear" else found.margin)
     why = BASES if seen.margin < CLEAR else ""
     if any(_is_unclear(values, rank) for values in found.values):
@@ -286,11 +290,26 @@ def doubt(seen: Seen) -> str:
     pruned, why = _pruned(seen, limit)
     if why or case.rule in ("magnitude_prune", "breadcrumbs", "della_linear"):
         return why
+    return VOTE if _is_close(seen, pruned) else ""
+
+
+def _is_close(seen: Seen, pruned: Sequence[Matrix]) -> bool:
+    """Whether rounding may have a say in an election."""
+    case = seen.case
+    if seen.name in ("core", "knots", "ctm") and _has_faint(case, pruned):
+        return True
     if case.options["majority_sign"] == "frequency":
-        return ""
-    halved = case.rule == "dare_ties" and math.frexp(density)[0] == 0.5
+        return False
+    halved = case.rule == "dare_ties" and math.frexp(seen.density)[0] == 0.5
     exact = seen.whole and seen.dyadic and (halved or not is_random(case))
-    return "" if exact or restated.election_gap(pruned) > limit else VOTE
+    return not exact and restated.election_gap(pruned) <= seen.limit
+
+
+def _has_faint(case: Case, pruned: Sequence[Matrix]) -> bool:
+    """Whether a coordinate votes that may be taken for rounding."""
+    sizes = np.abs(np.stack(pruned))
+    faint = FAINT[case.options["compute_dtype"]] * sizes.max(initial=0.0)
+    return bool(((sizes > 0) & (sizes < faint)).any())
 
 
 def _pruned(seen: Seen, limit: float) -> tuple[Sequence[Matrix], str]:

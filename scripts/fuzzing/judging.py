@@ -16,6 +16,7 @@ from fuzzing.outcomes import (
     CLAMPED,
     ELEMENTS,
     EXACT,
+    FOUND,
     OUTPUT_ROUNDING,
     RESIDUAL,
     ROUNDING,
@@ -28,7 +29,7 @@ from fuzzing.outcomes import (
 )
 from fuzzing.recipes import Case
 from making import Tensor, decode
-from oracle import restated
+from oracle import restated, wholes
 from oracle.restated import Matrix
 from streammerge.adapter import ITEM_BYTES, TORCH_NAMES, Adapter, NameTable
 from streammerge.catalog import RULES
@@ -90,22 +91,56 @@ def _matrix(adapter: Adapter, row: int, side: str) -> Matrix:
 
 
 def _judge_exact(judged: Judged, here: Present, pair: tuple[Matrix, Matrix]) -> Iterator[str]:
-    """Compare A's times their weights, given or found, one below the other; and B's as they are."""
-    case, weights, unsure = judged.case, here.weights, 0.0
+    """Compare A's times their weights, one below the other; and B's as they are.
+
+    Weights that a rule has found are taken from the A's, and judged by what they add up to: of
+    deltas that depend on each other many weights make the same.
+    """
+    case, weights = judged.case, here.weights
     if RULES[case.rule].kind == "coefficient":
         answer = coefficient_answer(case, here)
         if answer.why:
             judged.leave(answer.why)
             return
-        weights, unsure = answer.coefficients, answer.unsure / (answer.scale or 1.0)
+        weights = _found_weights(here, pair[0])
+        yield from _judge_weights(judged, here, weights, answer)
     factors = [abs(w * s.scaling) for w, s in zip(weights, here.sources, strict=True)]
     expected = restated.merge_factors("cat", here.sources, weights)
     for side, got, right in zip("AB", pair, expected, strict=True):
         sizes = [np.abs(getattr(source, side.lower())).max() for source in here.sources]
         times = factors if side == "A" else [1.0] * len(factors)
         terms = sum(r * x for r, x in zip(times, sizes, strict=True))
-        what = f"{here.target} {side}"
-        yield from _compare(judged, what, (got, right), terms, way=EXACT, unsure=unsure)
+        yield from _compare(judged, f"{here.target} {side}", (got, right), terms, way=EXACT)
+
+
+def _found_weights(here: Present, a: Matrix) -> tuple[float, ...]:
+    """What each A was multiplied by, by least squares."""
+    parts = np.split(a, np.cumsum([len(source.a) for source in here.sources])[:-1])
+    found = []
+    for source, part in zip(here.sources, parts, strict=True):
+        scaled = source.a * source.scaling
+        squares = float((scaled * scaled).sum())
+        found.append(float((part * scaled).sum()) / squares if squares else 0.0)
+    return tuple(found)
+
+
+def _judge_weights(
+    judged: Judged, here: Present, weights: tuple[float, ...], answer: Answer
+) -> Iterator[str]:
+    """Compare the sum that weights make; and they are no larger than it takes."""
+    deltas = [source.delta for source in here.sources]
+    sizes = [abs(w) * np.linalg.norm(delta) for w, delta in zip(weights, deltas, strict=True)]
+    rounding = ROUNDING[judged.case.options["compute_dtype"]] + OUTPUT_ROUNDING[judged.dtype]
+    nothing = SUBNORMAL[judged.dtype] * sum(
+        float(np.linalg.norm(s.b)) * math.sqrt(s.a.size) for s in here.sources
+    )
+    allowed = rounding * (sum(sizes) + answer.scale) + answer.unsure + nothing + 1e-300
+    share = float(np.linalg.norm(wholes.combined(deltas, weights) - answer.matrix)) / allowed
+    judged.compare(FOUND, share)
+    if not share <= 1:
+        yield f"{here.target}: the sum is {share:.3g} times the tolerance from the formula"
+    if not sum(sizes) <= 3 * answer.scale + allowed:
+        yield f"{here.target}: weights {weights} that cancel, of {answer.coefficients}"
 
 
 def _judge_factors(
@@ -132,13 +167,12 @@ def _compare(
     terms: float,
     *,
     way: str,
-    unsure: float = 0.0,
 ) -> Iterator[str]:
     got, right = both
     if got.shape != right.shape:
         yield f"{what}: shape {got.shape}, not {right.shape}"
         return
-    allowed = (ROUNDING[judged.case.options["compute_dtype"]] + unsure) * terms
+    allowed = ROUNDING[judged.case.options["compute_dtype"]] * terms
     allowed = allowed + SUBNORMAL[judged.dtype] + OUTPUT_ROUNDING[judged.dtype] * np.abs(right)
     with np.errstate(divide="ignore", invalid="ignore"):
         share = float(np.nanmax(np.append(np.abs(got - right) / allowed, 0.0)))

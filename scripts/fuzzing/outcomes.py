@@ -11,8 +11,9 @@ from fuzzing.recipes import Case, Held
 from oracle.restated import Source
 from streammerge.catalog import RULES
 
-EXACT, ELEMENTS, TRUNCATED, CLAMPED, CHOSEN, UNDECIDED = (
+EXACT, FOUND, ELEMENTS, TRUNCATED, CLAMPED, CHOSEN, UNDECIDED = (
     "exact",
+    "found weights",
     "elements",
     "truncated",
     "clamped",

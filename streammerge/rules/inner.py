@@ -8,9 +8,9 @@ from functools import cached_property
 
 import torch
 
-BLUR = 1e-7
-"""Lengths and sines below this share are rounding: they are roots of what inner products in float64
-are off."""
+BLUR = 1e-6
+"""Lengths and sines below this share are rounding: roots of what inner products in float64 are off,
+which is more than 1e-16 where factors nearly cancel in a delta."""
 
 
 @dataclass(frozen=True)

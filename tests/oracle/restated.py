@@ -292,16 +292,16 @@ def in_coordinates(space: str, sources: Sequence[Source]) -> Coordinates:
         deltas = np.hstack([source.delta for source in sources])
         u, s, vt, margin = settled(*np.linalg.svd(deltas, full_matrices=False))
         blocks = np.split(s[:, None] * vt, len(sources), axis=1)
-        return Coordinates(_without_rounding(blocks), u, None, margin)
+        return Coordinates(without_rounding(blocks), u, None, margin)
     side_by_side = np.hstack([source.b for source in sources])
     u, _, _, of_left = settled(*np.linalg.svd(side_by_side, full_matrices=False))
     stacked = np.vstack([source.a for source in sources]).T
     v, _, _, of_right = settled(*np.linalg.svd(stacked, full_matrices=False))
     cores = [source.scaling * (u.T @ source.b @ source.a @ v) for source in sources]
-    return Coordinates(_without_rounding(cores), u, v, min(of_left, of_right))
+    return Coordinates(without_rounding(cores), u, v, min(of_left, of_right))
 
 
-def _without_rounding(tensors: Sequence[Matrix]) -> list[Matrix]:
+def without_rounding(tensors: Sequence[Matrix]) -> list[Matrix]:
     """With zeros for what is nothing but rounding, which would vote and be counted."""
     largest = max(np.abs(x).max(initial=0.0) for x in tensors)
     return [np.where(np.abs(x) < 1e-10 * largest, 0.0, x) for x in tensors]
