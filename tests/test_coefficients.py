@@ -71,7 +71,7 @@ def count_for(method: str) -> int:
 def test_the_definition(method: str, space: str, compute: str) -> None:
     adapters = sources(count_for(method))
     weights = WEIGHTS[: len(adapters)]
-    expected = wholes.COEFFICIENT[method]([s.delta for s in adapters], weights)
+    expected = wholes.merged(method, [s.delta for s in adapters], weights)
     options: dict[str, Any] = {"space": space, "compute_dtype": compute, "dtype": "float64"}
     if space == "delta":
         options["rank"] = 30
@@ -83,7 +83,7 @@ def test_the_definition(method: str, space: str, compute: str) -> None:
 def test_the_best_pair_of_a_rank(method: str) -> None:
     adapters = sources(count_for(method))
     weights = WEIGHTS[: len(adapters)]
-    expected = wholes.COEFFICIENT[method]([s.delta for s in adapters], weights)
+    expected = wholes.merged(method, [s.delta for s in adapters], weights)
     found = merge(adapters, weights, method, rank=3, **EXACT)
     assert relative_error(found, best_rank(expected, 3)) < 1e-10
 
@@ -94,7 +94,7 @@ def test_a_short_side(method: str) -> None:
     adapters = [random_source(i, 30, 900, 12, scaling=1.0) for i in range(count_for(method))] * 8
     adapters = adapters[: RULES[method].most_adapters]
     weights = ([1.0, 0.7, 0.2, 0.4] * 8)[: len(adapters)]
-    expected = wholes.COEFFICIENT[method]([s.delta for s in adapters], weights)
+    expected = wholes.merged(method, [s.delta for s in adapters], weights)
     found = merge(adapters, weights, method, rank=30)
     assert relative_error(found, expected) < 1e-5
 
@@ -140,8 +140,8 @@ def test_the_length_is_the_mean_one(method: str) -> None:
 def test_a_karcher_mean_is_where_the_directions_average_out() -> None:
     adapters = sources(4)
     found = merge(adapters, WEIGHTS, "karcher", rank=30, **EXACT).ravel()
-    units = [source.delta.ravel() / np.linalg.norm(source.delta) for source in adapters]
-    tangent = wholes._toward(found / np.linalg.norm(found), units, wholes.shares(WEIGHTS))
+    units = np.stack([source.delta.ravel() / np.linalg.norm(source.delta) for source in adapters])
+    tangent, *_ = wholes.toward(found / np.linalg.norm(found), units, wholes.shares(WEIGHTS))
     assert np.linalg.norm(tangent) < 1e-10
 
 
@@ -219,6 +219,57 @@ def test_right_across_from_each_other() -> None:
     for method in ("slerp", "multislerp", "karcher", "norm_matched", "model_stock"):
         found = merge([adapter, against], [1.0, 1.0], method, rank=30, **EXACT)
         assert np.linalg.norm(found) <= np.linalg.norm(adapter.delta) * (1 + 1e-9), method
+
+
+def against(adapter: Source, times: float) -> Source:
+    """The opposite, so many times as large."""
+    return Source(adapter.a, -times * adapter.b, adapter.scaling)
+
+
+@pytest.mark.parametrize("space", ["delta", "exact"])
+@pytest.mark.parametrize("method", ["multislerp", "karcher"])
+def test_right_across_with_the_lesser_weight(method: str, space: str) -> None:
+    """It leads nowhere, though its cosine is -1 but for rounding; the mean length stays."""
+    rank = {} if space == "exact" else {"rank": 5}
+    for seed in range(8):
+        (adapter,) = sources(1, seed=seed)
+        both = [adapter, against(adapter, 3 + seed / 7)]
+        found = merge(both, [1.0, 0.3], method, space=space, **rank, **EXACT)
+        length = (1 + 0.3 * (3 + seed / 7)) / 1.3
+        assert relative_error(found, length * adapter.delta) < 1e-7
+
+
+@pytest.mark.parametrize("method", ["multislerp", "karcher"])
+def test_right_across_of_what_factors_nearly_cancel(method: str) -> None:
+    """A delta that is some thirty times shorter than its factors has a less certain cosine."""
+    for seed in range(8):
+        made = random_source(seed, 1, 1, 7)
+        shift = 0.03 * np.linalg.norm(made.a) * np.linalg.norm(made.b) - made.delta[0, 0]
+        factors = made.a, made.b + shift * made.a.T / np.linalg.norm(made.a) ** 2
+        both = [Source(*factors, 1.0), Source(np.ones((1, 1)), np.array([[-3.0]]), 1.0)]
+        length = (both[0].delta[0, 0] + 0.3 * 3) / 1.3
+        found = merge(both, [1.0, 0.3], method, rank=1, **EXACT)
+        assert found[0, 0] == pytest.approx(length, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["multislerp", "karcher", "norm_matched"])
+def test_what_cancels_is_nothing(method: str) -> None:
+    """No coefficient comes from what rounding leaves of a length."""
+    for seed in range(8):
+        (adapter,) = sources(1, seed=seed)
+        times = 3 + seed / 7
+        both = [adapter, against(adapter, times)]
+        weights = [times, 1.0] if method == "norm_matched" else [1.0, 1.0]
+        with tempfile.TemporaryDirectory() as place:
+            paths = [
+                write_adapter(Path(place) / f"{i}", {"layer": source}, dtype=torch.float64)
+                for i, source in enumerate(both)
+            ]
+            out = Path(place) / "out"
+            streammerge.merge(
+                paths, out, method=method, space="exact", weights=weights, on_event=events.ignore
+            )
+            assert not read_adapter(out)["layer"].a.any()
 
 
 def test_groups_of_sources_meet() -> None:

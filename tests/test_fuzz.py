@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 
+from streammerge.catalog import RULES, SPACES
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
-from fuzzing import merges
+from fuzzing import merges, outcomes
 from fuzzing.judge import CLEAN, FAULT, READ
 from fuzzing.parsers import run_batch
+from fuzzing.recipes import make_case
+from fuzzing.refusals import UNEQUAL, reasons
 
 CASES, PARTS = 600, 4
-MERGES = 160
+MERGES = 180
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -29,9 +34,18 @@ def test_directories_are_read_or_refused(part: int) -> None:
 @pytest.mark.parametrize("part", range(PARTS))
 def test_merges_are_what_the_formulas_give(part: int) -> None:
     """And the same bytes in whatever way they are run."""
-    found = merges.Found()
+    found = outcomes.Found()
     for number in range(part, MERGES, PARTS):
         merges.run_case(1, number, found)
     assert not found.failures
-    assert found.targets.total() > 2 * found.targets[merges.UNDECIDED]
-    assert found.refused.keys() <= {"ClampError"}
+    assert found.targets.total() > 3 * found.targets[outcomes.UNDECIDED]
+
+
+def test_all_is_drawn() -> None:
+    """Every rule in every space that it goes with, both scopes, and what has to be refused."""
+    cases = [make_case(Random(f"1/{number}")) for number in range(1500)]
+    drawn = {(case.rule, case.space) for case in cases}
+    assert {(name, space) for name, rule in RULES.items() for space in rule.spaces} == drawn
+    assert {case.space for case in cases if outcomes.is_global(case)} == set(SPACES)
+    due = set().union(*map(reasons, cases))
+    assert due == {"weights", "rank", "method", "threshold_scope", UNEQUAL}

@@ -155,6 +155,20 @@ def test_an_adapter_twice(method: str) -> None:
         )
 
 
+@pytest.mark.parametrize("compute", ["float32", "float64"])
+@pytest.mark.parametrize("weights", [(1.0, 0.5, 0.7), (1.0, 0.5, -0.3)])
+@pytest.mark.parametrize("method", NAMES)
+def test_a_rank_above_what_the_adapters_span(
+    method: str, weights: tuple[float, ...], compute: str
+) -> None:
+    """Rounding in directions that no adapter has is no direction of the sum."""
+    first, second = CASES["few"][:2]
+    adapters = [first, second, first]
+    found, _ = merge(adapters, weights, method, rank=12, compute_dtype=compute, dtype="float64")
+    expected = defined(method, adapters, weights, 12)
+    assert relative_error(found, expected) < (1e-9 if compute == "float64" else 1e-4)
+
+
 @pytest.mark.parametrize("method", [*NAMES, "ctm"])
 def test_adapters_of_zeros(method: str) -> None:
     first, second = CASES["few"][:2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,7 +24,7 @@ from making import (
     write_files,
 )
 from oracle.restated import Source
-from streammerge.catalog import METHODS, RULES, SPACES
+from streammerge.catalog import METHODS, RULES, SPACES, RuleSpec, SpaceSpec
 from streammerge.ranks import RankLimit, RankPolicy
 
 DTYPES = ("F32", "F32", "BF16", "F16", "F64")
@@ -34,6 +34,8 @@ DENSITIES = (0.0, 1.0, 0.5, 0.25, 0.2, 0.75, 0.001, 0.999)
 SIDES = (1, 2, 3, 8, 13, 40)
 WIDE = ((300, 280), (280, 300), (264, 900))
 """Matrices that are not decomposed as a whole."""
+MANY = 40
+"""A rank of which a few adapters are iterated on."""
 
 
 @dataclass(frozen=True)
@@ -83,30 +85,15 @@ class Case:
         )
 
 
-DRAWN = [
-    name
-    for name, method in METHODS.items()
-    if RULES[method.rule].kind == "element-wise" and method.space != "ctm"
-]
-"""Methods of which the restatement has every element. What sees whole deltas, or finds bases by
-iteration, is held to its definition by tests/test_coefficients.py and tests/test_spectral.py."""
-
-
 def make_case(random: Random) -> Case:
     """Draw a case."""
-    method = random.choice(DRAWN)
+    method = random.choice(list(METHODS))
     rule = RULES[METHODS[method].rule]
-    spaces = [space for space in rule.spaces if space != "ctm"]
-    space = random.choice(spaces) if random.random() < 0.2 else METHODS[method].space
+    space = random.choice(rule.spaces) if random.random() < 0.25 else METHODS[method].space
     count = random.choice((1, 2, 2, 3, 3, 5))
-    shapes = [_shape(random) for _ in range(random.choice((1, 1, 2, 3)))]
-    if SPACES[space].truncates and random.random() < 0.15:
-        shapes = [("linear", *random.choice(WIDE), ())]
-    common = [random.choice((1, 2, 3, 5, 9)) for _ in shapes]
-    adapters = tuple(
-        _held(random, shapes, common, mixed=not SPACES[space].equal_ranks) for _ in range(count)
-    )
-    adapters = (*adapters[:-1], adapters[0]) if count > 1 and random.random() < 0.1 else adapters
+    if rule.most_adapters and random.random() < 0.9:
+        count = min(count, rule.most_adapters)
+    adapters = _adapters(random, space, count)
     options: dict[str, Any] = {
         "method": method,
         "space": space if space != METHODS[method].space else None,
@@ -116,27 +103,26 @@ def make_case(random: Random) -> Case:
         "compute_dtype": random.choice(("float32", "float32", "float64")),
         "max_shard_bytes": random.choice((None, None, None, 200)),
     }
-    if rule.needs_density:
-        options["density"] = random.choice((*DENSITIES, random.random()))
+    options |= _density(random, rule) | {"parameters": _parameters(random, rule, SPACES[space])}
     if rule.sparsity == "middle":
-        gamma = random.choice((0.01, 0.0, random.random())) if random.random() < 0.9 else 1.0
-        options["parameters"] = (("gamma", gamma),)
-        options["density"] = min(options["density"], 1 - gamma)
+        options["density"] = min(options["density"], 1 - dict(options["parameters"])["gamma"])
     if rule.sparsity == "ranked":
         density = min(max(options["density"], 0.001), 1.0)
         width = 2 * min(density - 0.0005, 1 - density)
         epsilon = random.choice((0.0, random.random() * width, width))
-        options["density"], options["parameters"] = density, (("epsilon", epsilon),)
-    if rule.name == "consensus":
-        asked = {"tall_lambda": random.choice((0.4, 1.0, 0.0, random.random()))}
-        asked["agree"] = random.choice((0, 1, 2, 2, 3, 9))
-        options["parameters"] = tuple(sorted(asked.items()))
+        parameters = dict(options["parameters"]) | {"epsilon": epsilon}
+        options |= {"density": density, "parameters": tuple(sorted(parameters.items()))}
+    if random.random() < (0.4 if rule.sparsity in ("largest", "middle") else 0.02):
+        options["threshold_scope"] = "global"
     if rule.elects:
         options["majority_sign"] = random.choice(("total", "frequency"))
     if SPACES[space].truncates:
+        policy = _policy(random) if not rule.of_rank or random.random() < 0.2 else 3
         limit = RankLimit(random.choice((1, 3, 60)))
-        options["rank"] = random.choice((None, None, 1, 2, 4, 60, limit, _policy(random)))
-        options["clamp"] = random.choice((None,) * 5 + (1.0, 0.99, 0.7))
+        options["rank"] = random.choice((None, None, 1, 2, 4, 60, limit, policy))
+        # Where all singular values are one, no two ways have the same vectors to be clamped.
+        seldom = 60 if rule.of_rank else 20
+        options["clamp"] = random.choice((None,) * seldom + (1.0, 0.99, 0.7))
     return Case(
         adapters=adapters,
         options=options,
@@ -147,6 +133,44 @@ def make_case(random: Random) -> Case:
         spare=random.choice((0.0, 0.01, 0.5, 100.0)),
         scratch=random.random() < 0.3,
     )
+
+
+def _adapters(random: Random, space: str, count: int) -> tuple[Held, ...]:
+    """Draw the adapters; seldom the last one is the first once more, or its opposite, or many times
+    as large."""
+    shapes = [_shape(random) for _ in range(random.choice((1, 1, 2, 3)))]
+    common = [random.choice((1, 2, 3, 5, 9)) for _ in shapes]
+    if SPACES[space].truncates and random.random() < 0.15:
+        shapes = [("linear", *random.choice(WIDE), ())]
+        # But not where a restatement iterates on all of them as long.
+        common = [random.choice((*common, MANY)) if space != "ctm" else common[0]]
+    mixed = not SPACES[space].equal_ranks or random.random() < 0.03
+    adapters = tuple(_held(random, shapes, common, mixed=mixed) for _ in range(count))
+    if count == 1 or random.random() < 0.85:
+        return adapters
+    first = adapters[0]
+    times = random.choice((1, 1, -1, -1, -3, 1e3))
+    config = {**first.config, "lora_alpha": first.config["lora_alpha"] * times}
+    return (*adapters[:-1], replace(first, config=config))
+
+
+def _density(random: Random, rule: RuleSpec) -> dict[str, Any]:
+    if not rule.needs_density:
+        return {}
+    return {"density": random.choice((*DENSITIES, random.random()))}
+
+
+def _parameters(random: Random, rule: RuleSpec, space: SpaceSpec) -> tuple[tuple[str, float], ...]:
+    """Values of all that the rule and the space take, in the order of their names."""
+    drawn: dict[str, float] = {
+        "gamma": random.choice((0.01, 0.0, random.random())) if random.random() < 0.9 else 1.0,
+        "epsilon": 0.0,  # there is more to it, which hangs on the density
+        "tall_lambda": random.choice((0.4, 1.0, 0.0, random.random())),
+        "agree": random.choice((0, 1, 2, 2, 3, 9)),
+        "common": random.choice((0.8, 0.8, 0.5, 0.0, 1.0, random.random())),
+        "beta": random.choice((0.25, 0.0, 1.0, random.random())),
+    }
+    return tuple(sorted((x.name, drawn[x.name]) for x in (*rule.parameters, *space.parameters)))
 
 
 def _policy(random: Random) -> RankPolicy:

@@ -8,6 +8,10 @@ from functools import cached_property
 
 import torch
 
+BLUR = 1e-6
+"""Lengths and sines below this share are rounding: roots of what inner products in float64 are off,
+which is more than 1e-16 where factors nearly cancel in a delta."""
+
 
 @dataclass(frozen=True)
 class Inner:

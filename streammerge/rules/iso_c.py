@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from streammerge.rules.spectrum import Spectrum, T
+from streammerge.rules.spectrum import Spectrum, T, count_nonzero
 
 
 def iso_c(spectrum: Spectrum[T]) -> T:
@@ -13,6 +11,6 @@ def iso_c(spectrum: Spectrum[T]) -> T:
     Directions in which the sum is zero are none of them.
     """
     leading = spectrum.truncate(spectrum.rank)
-    there = leading.s > 0
-    mean = leading.s.sum() / there.sum().clamp_min(1)
-    return spectrum.whole(leading.u, torch.where(there, mean, 0.0), leading.v)
+    there = count_nonzero(leading.s)
+    u, s, v = leading.u[:, :there], leading.s[:there], leading.v[:, :there]
+    return spectrum.whole(u, s.mean().expand(there), v)

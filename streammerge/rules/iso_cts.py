@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from streammerge.rules.spectrum import Spectrum, T
+from streammerge.rules.spectrum import Spectrum, T, count_nonzero
 
 
 def iso_cts(spectrum: Spectrum[T]) -> T:
@@ -18,7 +18,7 @@ def iso_cts(spectrum: Spectrum[T]) -> T:
     own = round((rank - int(rank * spectrum.parameters["common"])) / count)
     own = min(max(1, own), (rank - 1) // count)
     shared = spectrum.truncate(rank - count * own)
-    there = int(torch.count_nonzero(shared.s))
+    there = count_nonzero(shared.s)
     u, s, v = shared.u[:, :there], shared.s[:there], shared.v[:, :there]
     if own:
         of_each = spectrum.stacked(own, u)

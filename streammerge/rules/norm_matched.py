@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from streammerge.rules.inner import Combination, Inner
+from streammerge.rules.inner import BLUR, Combination, Inner
 
 
 def norm_matched(inner: Inner) -> Combination:
@@ -15,6 +15,6 @@ def norm_matched(inner: Inner) -> Combination:
     """
     length = inner.length(inner.shares)
     wanted = float(inner.shares.abs() @ inner.norms)
-    if length <= torch.finfo(torch.float64).eps * wanted:
+    if length <= BLUR * wanted:
         return Combination(torch.zeros_like(inner.shares))
     return Combination(inner.shares * (wanted / length))

@@ -27,6 +27,14 @@ class Triples(Protocol):
 
 T = TypeVar("T", bound=Triples)
 
+NULL = 1e-6
+"""Singular values below this share of the largest are rounding, and have no direction."""
+
+
+def count_nonzero(s: torch.Tensor) -> int:
+    """Return how many of falling singular values are not zero, nor rounding."""
+    return int(torch.count_nonzero(s > NULL * s[:1]))
+
 
 @dataclass(frozen=True)
 class Spectrum(Generic[T]):

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from streammerge.rules.inner import Inner
+from streammerge.rules.inner import BLUR, Inner
 
 NEAR = 1e-12
-"""An angle below this is none."""
+"""A step below this is none."""
 
 
 def facing(inner: Inner) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -40,8 +40,9 @@ def step(point: torch.Tensor, shares: torch.Tensor, cosines: torch.Tensor) -> to
     toward = (cosines @ point).clamp(-1.0, 1.0)
     angles = torch.arccos(toward)
     sines = torch.sin(angles)
-    # A direction at the point itself, or right across from it, leads nowhere.
-    stretch = torch.where(sines > NEAR, angles / sines.clamp_min(NEAR), 0.0)
+    # Right across from the point a direction leads nowhere; near it an angle is its sine.
+    alike = torch.where(toward > 0, 1.0, 0.0)
+    stretch = torch.where(sines > BLUR, angles / sines.clamp_min(BLUR), alike)
     stretch = torch.where(cosines.diagonal() > 0, stretch, 0.0) * shares
     tangent = stretch - (stretch @ toward) * point
     length = float((tangent @ cosines @ tangent).clamp_min(0.0).sqrt())
@@ -52,6 +53,11 @@ def step(point: torch.Tensor, shares: torch.Tensor, cosines: torch.Tensor) -> to
 
 
 def at_length_one(point: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor:
-    """Return coordinates of the direction of a vector; zeros where it has none."""
+    """Return coordinates of the direction of a vector; zeros where it has none.
+
+    Args:
+        point: coordinates of a vector that is 1 long at most.
+        cosines: of the directions.
+    """
     length = float((point @ cosines @ point).clamp_min(0.0).sqrt())
-    return point / length if length > NEAR else torch.zeros_like(point)
+    return point / length if length > BLUR else torch.zeros_like(point)

@@ -290,18 +290,18 @@ def in_coordinates(space: str, sources: Sequence[Source]) -> Coordinates:
     """
     if space == "knots":
         deltas = np.hstack([source.delta for source in sources])
-        u, s, vt, margin = _settled(*np.linalg.svd(deltas, full_matrices=False))
+        u, s, vt, margin = settled(*np.linalg.svd(deltas, full_matrices=False))
         blocks = np.split(s[:, None] * vt, len(sources), axis=1)
-        return Coordinates(_without_rounding(blocks), u, None, margin)
+        return Coordinates(without_rounding(blocks), u, None, margin)
     side_by_side = np.hstack([source.b for source in sources])
-    u, _, _, of_left = _settled(*np.linalg.svd(side_by_side, full_matrices=False))
+    u, _, _, of_left = settled(*np.linalg.svd(side_by_side, full_matrices=False))
     stacked = np.vstack([source.a for source in sources]).T
-    v, _, _, of_right = _settled(*np.linalg.svd(stacked, full_matrices=False))
+    v, _, _, of_right = settled(*np.linalg.svd(stacked, full_matrices=False))
     cores = [source.scaling * (u.T @ source.b @ source.a @ v) for source in sources]
-    return Coordinates(_without_rounding(cores), u, v, min(of_left, of_right))
+    return Coordinates(without_rounding(cores), u, v, min(of_left, of_right))
 
 
-def _without_rounding(tensors: Sequence[Matrix]) -> list[Matrix]:
+def without_rounding(tensors: Sequence[Matrix]) -> list[Matrix]:
     """With zeros for what is nothing but rounding, which would vote and be counted."""
     largest = max(np.abs(x).max(initial=0.0) for x in tensors)
     return [np.where(np.abs(x) < 1e-10 * largest, 0.0, x) for x in tensors]
@@ -315,7 +315,7 @@ def merge_in(
     return seen.back(apply_rule(rule, seen.tensors, weights, **options))
 
 
-def _settled(u: Matrix, s: Matrix, vt: Matrix) -> tuple[Matrix, Matrix, Matrix, float]:
+def settled(u: Matrix, s: Matrix, vt: Matrix) -> tuple[Matrix, Matrix, Matrix, float]:
     """Without the triples of zero, and with the largest entry of each left vector positive; and
     how far other values, or another sign, are from being as right."""
     kept = s > 1e-9 * s[0]
@@ -362,6 +362,22 @@ def pruning_gap(x: Matrix, density: float) -> float:
         return math.inf
     ordered = np.sort(np.abs(x).ravel())[::-1]
     return float((ordered[keep - 1] - ordered[keep]) / ordered[keep - 1])
+
+
+def is_clear_cut(x: Matrix, errors: Matrix, keep: int) -> bool:
+    """Whether the `keep` largest |x| are the largest whatever errors up to these there are.
+
+    Zeros may be anywhere: it makes no difference which of them are kept.
+    """
+    if not errors.any():
+        return True
+    order = np.argsort(-np.abs(x), kind="stable")
+    kept, rest = order[:keep], order[keep:]
+    rest = rest[x[rest] != 0]
+    if not len(kept) or not len(rest):
+        return True
+    least, most = np.abs(x[kept]) - errors[kept], np.abs(x[rest]) + errors[rest]
+    return bool(least.min() > most.max())
 
 
 def rank_gap(x: Matrix) -> float:
