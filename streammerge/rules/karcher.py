@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from streammerge.rules.inner import Combination, Inner
 from streammerge.rules.sphere import at_length_one, facing, step
 
@@ -21,9 +23,10 @@ SETTLED = 1e-14
 def karcher(inner: Inner) -> Combination:
     """Return the mean direction, at the mean length, by the shares, and whether it has settled."""
     signs, shares, cosines = facing(inner)
-    point = at_length_one(shares, cosines)
+    shortest = _shortest(cosines)
+    point = at_length_one(shortest @ shares, cosines)
     for _ in range(STEPS):
-        following = step(point, shares, cosines)
+        following = shortest @ step(point, shares, cosines)
         change = following - point
         point = following
         moved = math.sqrt(max(0.0, float(change @ cosines @ change)))
@@ -33,3 +36,15 @@ def karcher(inner: Inner) -> Combination:
         signs * point * (shares @ inner.norms) * inner.inverse_norms,
         unsettled=moved if moved > SETTLED else 0.0,
     )
+
+
+def _shortest(cosines: torch.Tensor) -> torch.Tensor:
+    """Return what brings coordinates to the shortest ones of the same point.
+
+    Of directions that depend on one another some combinations are zero; steps that add up along
+    these would end in coordinates without bounds, that cancel.
+    """
+    values, vectors = torch.linalg.eigh(cosines)
+    there = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+    kept = vectors[:, there]
+    return kept @ kept.mT
