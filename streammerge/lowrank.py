@@ -108,7 +108,7 @@ def truncate_product(b: torch.Tensor, a: torch.Tensor, rank: int) -> Truncation:
     noise = NOISE * torch.finfo(b.dtype).eps * float(lengths.sum())
     if triples.energy <= noise**2 < math.inf:
         # What is left of terms that cancel is rounding, and no part of it is better than another.
-        return replace(triples, energy=0.0, lost=0.0)
+        return replace(triples, s=torch.zeros_like(triples.s), energy=0.0, lost=0.0)
     return triples
 
 

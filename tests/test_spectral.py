@@ -169,6 +169,18 @@ def test_a_rank_above_what_the_adapters_span(
     assert relative_error(found, expected) < (1e-9 if compute == "float64" else 1e-4)
 
 
+@pytest.mark.parametrize("compute", ["float32", "float64"])
+@pytest.mark.parametrize("method", NAMES)
+def test_a_sum_that_cancels_has_no_directions(method: str, compute: str) -> None:
+    """Nor has its rounding: what each adapter has alone is all that there is."""
+    adapter = CASES["few"][0]
+    adapters, weights = [adapter, adapter], (-1.0, 1.0)
+    found, _ = merge(adapters, weights, method, rank=5, compute_dtype=compute, dtype="float64")
+    expected = defined(method, adapters, weights, 5)
+    size = float(np.linalg.norm(adapter.delta))
+    assert np.linalg.norm(found - expected) < size * (1e-9 if compute == "float64" else 1e-5)
+
+
 @pytest.mark.parametrize("method", [*NAMES, "ctm"])
 def test_adapters_of_zeros(method: str) -> None:
     first, second = CASES["few"][:2]

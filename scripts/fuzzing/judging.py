@@ -96,24 +96,24 @@ def _judge_exact(judged: Judged, here: Present, pair: tuple[Matrix, Matrix]) -> 
     Weights that a rule has found are taken from the A's, and judged by what they add up to: of
     deltas that depend on each other many weights make the same.
     """
-    case, weights = judged.case, here.weights
-    casts = 1
+    case, weights, casts = judged.case, here.weights, 1
     if RULES[case.rule].kind == "coefficient":
         answer = coefficient_answer(case, here)
         if answer.why:
             judged.leave(answer.why)
             return
-        weights = _found_weights(here, pair[0])
+        # They come from what was cast, so that their own rounding adds to that of each element.
+        weights, casts = _found_weights(here, pair[0]), 2
         yield from _judge_weights(judged, here, weights, answer)
-        casts = 2  # of what is compared, and of what the weights were found from
     factors = [abs(w * s.scaling) for w, s in zip(weights, here.sources, strict=True)]
     expected = restated.merge_factors("cat", here.sources, weights)
     for side, got, right in zip("AB", pair, expected, strict=True):
         sizes = [np.abs(getattr(source, side.lower())).max() for source in here.sources]
         times = factors if side == "A" else [1.0] * len(factors)
         terms = sum(r * x for r, x in zip(times, sizes, strict=True))
-        what = f"{here.target} {side}"
-        yield from _compare(judged, what, (got, right), terms, way=EXACT, casts=casts)
+        yield from _compare(
+            judged, f"{here.target} {side}", (got, right), terms, way=EXACT, casts=casts
+        )
 
 
 def _found_weights(here: Present, a: Matrix) -> tuple[float, ...]:
@@ -177,8 +177,9 @@ def _compare(
         yield f"{what}: shape {got.shape}, not {right.shape}"
         return
     allowed = ROUNDING[judged.case.options["compute_dtype"]] * terms
-    allowed = allowed + SUBNORMAL[judged.dtype]
-    allowed = allowed + casts * OUTPUT_ROUNDING[judged.dtype] * np.abs(right)
+    allowed = (
+        allowed + SUBNORMAL[judged.dtype] + casts * OUTPUT_ROUNDING[judged.dtype] * np.abs(right)
+    )
     with np.errstate(divide="ignore", invalid="ignore"):
         share = float(np.nanmax(np.append(np.abs(got - right) / allowed, 0.0)))
     judged.compare(way, share)
