@@ -145,6 +145,18 @@ def test_a_karcher_mean_is_where_the_directions_average_out() -> None:
     assert np.linalg.norm(tangent) < 1e-10
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_karcher_mean_of_what_depends_on_each_other(seed: int) -> None:
+    """Six directions in space, spread all round: coefficients are no larger than they need be."""
+    drawn = np.random.default_rng(seed)
+    deltas = drawn.standard_normal((6, 3))
+    inner = Inner(torch.from_numpy(deltas @ deltas.T), list(drawn.random(6) + 0.1))
+    found = COEFFICIENTS["karcher"](inner).coefficients.numpy()
+    units = deltas / np.linalg.norm(deltas, axis=1)[:, None]
+    shortest = np.linalg.lstsq(units.T, found @ deltas, rcond=None)[0]
+    assert np.allclose(found * np.linalg.norm(deltas, axis=1), shortest, atol=1e-9)
+
+
 def nearly_around() -> list[Source]:
     """30 directions less nearly all of what they have in common: the mean is all but undecided."""
     rows = np.eye(30) - 0.99 / 30

@@ -328,6 +328,20 @@ def test_the_bases_keep_as_much_as_can_be_kept(seed: int) -> None:
     assert kept(left, right) >= kept(u, v) * (1 - 1e-6)
 
 
+@pytest.mark.parametrize("faintest", [1e-2, 1e-4, 1e-5])
+def test_faint_directions_are_not_lost(faintest: float) -> None:
+    """Three adapters with all directions in common, of lengths far apart, and room for all."""
+    drawn = np.random.default_rng(3)
+    u, v = (np.linalg.qr(drawn.standard_normal((side, 5)))[0] for side in (40, 30))
+    sizes = np.geomspace(1, faintest, 5)
+    adapters = [Source((drawn.permutation(5) + 1.0)[:, None] * v.T, u * sizes, 1) for _ in range(3)]
+    found, report = merge(adapters, (1.0, -0.5, 0.7), "ctm", rank=5, **EXACT)
+    total = adapters[0].delta - 0.5 * adapters[1].delta + 0.7 * adapters[2].delta
+    assert report.directions == (5, 5)
+    inside = u.T @ (found - total) @ v
+    assert (np.abs(inside) < 1e-7 * sizes[:, None]).all()
+
+
 def test_shared_bases_in_float32() -> None:
     adapters, weights = with_a_common_part(4), WEIGHTS
     exact, _ = merge(adapters, weights, "ctm", rank=4, **EXACT)

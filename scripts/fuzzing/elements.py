@@ -26,7 +26,7 @@ SETTLED = 1e-11
 """Bases that a sweep moves by less have settled."""
 ENDS = 1e-10
 """By how much the last sweep of a merge may move them."""
-NULL = (1e-9, 3e-3)
+NULL = (1e-8, 1e-4)
 """Singular values between these shares of the largest may be taken for zero or not: an iteration on
 shared bases squares them twice, in float64."""
 

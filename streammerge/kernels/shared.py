@@ -173,22 +173,36 @@ def _turned(side: Side, other: Side, found: Found, seen: Found) -> Found:
     """Return a basis after one step of orthogonal iteration on all deltas as the other one sees
     them.
 
-    P = [c_1·Δ_1·V …] = stack·E with E in blocks, and P·Pᵀ·U = stack·(E·Eᵀ·squares·x).
+    P = [c_1·Δ_1·V …] = stack·E with E in blocks, and P·Pᵀ·U = stack·(E·Eᵀ·squares·x). U is turned
+    to its singular vectors first, so that each column is as long afterwards as its own value says:
+    at length one columns of small values are as good as those of large ones.
     """
+    parts = _seen(other, seen)
     images = torch.split(found.image, list(side.ranks))
-    pairs = zip(_seen(other, seen), images, strict=True)
-    return _orthonormal(side, torch.cat([e @ (e.mT @ image) for e, image in pairs]))
+    met = torch.cat([e.mT @ image for e, image in zip(parts, images, strict=True)])
+    squares = met.mT @ met
+    vectors: torch.Tensor
+    values, vectors = torch.linalg.eigh((squares + squares.mT) / 2)
+    there = values > NULL * values[-1:].clamp_min(0.0)
+    turn = (vectors[:, there] / values[there]).flip(1)
+    turned = torch.split(met @ turn, [part.shape[1] for part in parts])
+    return _orthonormal(side, torch.cat([e @ m for e, m in zip(parts, turned, strict=True)]))
 
 
 def _orthonormal(side: Side, x: torch.Tensor) -> Found:
-    """Return x·T for which the columns of stack·x·T are orthonormal; as many as are apart."""
+    """Return x·T for which the columns of stack·x·T are orthonormal.
+
+    Args:
+        side: of the factors.
+        x: k × columns; those of stack·x are about one long, and apart.
+    """
     image = side.squares @ x
     inside = x.mT @ image
     vectors: torch.Tensor
     values, vectors = torch.linalg.eigh((inside + inside.mT) / 2)
     apart = values > NULL * values[-1:].clamp_min(0.0)
-    vectors = vectors[:, apart] / values[apart].sqrt()
-    return Found(x @ vectors, image @ vectors)
+    turn = vectors[:, apart] / values[apart].sqrt()
+    return Found(x @ turn, image @ turn)
 
 
 def _distance(first: Found, second: Found) -> float:

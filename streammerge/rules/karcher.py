@@ -46,5 +46,5 @@ def _shortest(cosines: torch.Tensor) -> torch.Tensor:
     """
     values, vectors = torch.linalg.eigh(cosines)
     there = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
-    kept = vectors[:, there]
+    kept: torch.Tensor = vectors[:, there]
     return kept @ kept.mT
