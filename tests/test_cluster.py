@@ -268,7 +268,7 @@ def test_the_time_limit_on_a_cluster(tmp_path: Path) -> None:
     with cluster_of(tmp_path / "cluster", 1) as cluster:
         with pytest.raises(errors.StoppedError) as caught:
             streammerge.merge(
-                paths, tmp_path / "out", scheduler=cluster.address, time_limit=3, **HEAVY
+                paths, tmp_path / "out", scheduler=cluster.address, time_limit=1, **HEAVY
             )
         assert caught.value.done < caught.value.targets
         streammerge.merge(paths, tmp_path / "out", scheduler=cluster.address, resume=True, **HEAVY)

@@ -28,7 +28,7 @@ ENDS = 1e-10
 """By how much the last sweep of a merge may move them."""
 NULL = (1e-8, 1e-4)
 """Singular values between these shares of the largest may be taken for zero or not: an iteration on
-shared bases squares them twice, in float64."""
+shared bases squares them, in float64, and takes those below 1e-6 for zero."""
 
 FAINT = {"float32": 2e-5, "float64": 2e-11}
 """Coordinates below this share of the largest may be zero in the product: they neither vote there
