@@ -41,8 +41,7 @@ def step(point: torch.Tensor, shares: torch.Tensor, cosines: torch.Tensor) -> to
     angles = torch.arccos(toward)
     sines = torch.sin(angles)
     # A direction at the point itself, or right across from it, leads nowhere.
-    stretch = torch.where(sines > NEAR, angles / sines.clamp_min(NEAR), 0.0)
-    stretch = torch.where(cosines.diagonal() > 0, stretch, 0.0) * shares
+    stretch = torch.where(sines > NEAR, angles / sines.clamp_min(NEAR), 0.0) * shares
     tangent = stretch - (stretch @ toward) * point
     length = float((tangent @ cosines @ tangent).clamp_min(0.0).sqrt())
     if length <= NEAR:
