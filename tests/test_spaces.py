@@ -118,6 +118,7 @@ def test_the_formulas(space: str, rule: str, case: str, compute: str) -> None:
     shape = seen_shape(space, adapters)
     assert report.directions == shape[: len(report.directions or ())]
     assert report.basis_unique
+    assert report.settled
     assert relative_error(found.delta, expected) < (1e-11 if compute == "float64" else 1e-5)
 
 
@@ -300,6 +301,15 @@ def test_bases_have_one_sign_and_order(case: str, rooted: bool) -> None:
     torch.testing.assert_close(found[0].mT @ found[0], identity, rtol=0, atol=1e-12)
     largest = found[0].gather(0, found[0].abs().argmax(0)[None])
     assert bool((largest > 0).all())
+
+
+@pytest.mark.parametrize("columns", [0, 1])
+def test_one_direction_has_no_other_near_it(columns: int) -> None:
+    stack = torch.zeros(5, 2, dtype=torch.float64)
+    stack[1, :columns] = 3.0
+    basis = left_basis(stack, [2], None, map)
+    assert basis.vectors.shape == (5, columns)
+    assert (basis.gap, basis.unsettled) == (1.0, 0.0)
 
 
 def test_sources_are_taken_together_up_to_a_number_of_columns() -> None:
