@@ -214,6 +214,21 @@ def test_model_stock_counts_those_that_are_there() -> None:
     assert relative_error(without, both) < 1e-11
 
 
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+@pytest.mark.parametrize("method", NAMES)
+def test_the_unit_does_not_matter(method: str, size: float) -> None:
+    """Deltas that are all as many times as long are combined as before, however short they are."""
+    deltas = [torch.from_numpy(s.delta.ravel().copy()) for s in sources(count_for(method))]
+    products = torch.stack([torch.stack([x @ y for y in deltas]) for x in deltas])
+    weights = WEIGHTS[: len(deltas)]
+    once, other = (
+        COEFFICIENTS[method](Inner(scaled, weights)).coefficients
+        for scaled in (products, products * size)
+    )
+    assert bool(once.all())
+    torch.testing.assert_close(other, once, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("method", ["multislerp", "karcher"])
 def test_a_negative_weight_is_that_of_the_opposite(method: str) -> None:
     first, second, third = sources(3)

@@ -155,6 +155,13 @@ def test_a_row_of_one_element_has_the_density() -> None:
     assert 0.25 < (kept != 0).double().mean() < 0.35
 
 
+def test_the_smaller_of_two_has_the_least_probability() -> None:
+    odds = rank_odds(2, 0.5, 0.3, torch.ones(1, dtype=torch.float64))
+    assert odds.probability.tolist() == pytest.approx([0.35, 0.65])
+    kept = dropped(torch.tensor([[2.0, -1.0]] * 3000), 0.5, 0.3, 0) != 0
+    assert kept.double().mean(0).tolist() == pytest.approx([0.65, 0.35], abs=0.05)
+
+
 # ---------------------------------------------------------------------------------------------
 # Rows of factors
 

@@ -25,10 +25,11 @@ from streammerge import errors, events
 from streammerge.adapter import NameTable
 from streammerge.cli import main
 from streammerge.finish import ModuleReport
-from streammerge.kernels.bases import left_basis, square_root
+from streammerge.kernels.bases import _groups, left_basis, square_root
 from streammerge.output.staging import Staging
 from streammerge.readers import read_adapters
 from streammerge.run import run_plan
+from streammerge.tiling import GRAM_ROWS
 
 SPACES = ("core", "knots")
 RULES = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -117,6 +118,7 @@ def test_the_formulas(space: str, rule: str, case: str, compute: str) -> None:
     shape = seen_shape(space, adapters)
     assert report.directions == shape[: len(report.directions or ())]
     assert report.basis_unique
+    assert report.settled
     assert relative_error(found.delta, expected) < (1e-11 if compute == "float64" else 1e-5)
 
 
@@ -299,6 +301,22 @@ def test_bases_have_one_sign_and_order(case: str, rooted: bool) -> None:
     torch.testing.assert_close(found[0].mT @ found[0], identity, rtol=0, atol=1e-12)
     largest = found[0].gather(0, found[0].abs().argmax(0)[None])
     assert bool((largest > 0).all())
+
+
+@pytest.mark.parametrize("columns", [0, 1])
+def test_one_direction_has_no_other_near_it(columns: int) -> None:
+    stack = torch.zeros(5, 2, dtype=torch.float64)
+    stack[1, :columns] = 3.0
+    basis = left_basis(stack, [2], None, map)
+    assert basis.vectors.shape == (5, columns)
+    assert (basis.gap, basis.unsettled) == (1.0, 0.0)
+
+
+def test_sources_are_taken_together_up_to_a_number_of_columns() -> None:
+    """More would be held than the planner counts, and one at a time takes longer."""
+    half = GRAM_ROWS // 2
+    groups = _groups([half, half, 1, half, half, GRAM_ROWS + 1, 1, 2])
+    assert groups == [range(2), range(2, 4), range(4, 5), range(5, 6), range(6, 8)]
 
 
 @pytest.mark.parametrize("space", SPACES)

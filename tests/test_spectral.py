@@ -102,11 +102,25 @@ def test_the_definition(method: str, case: str, compute: str) -> None:
     assert report.converged
 
 
-@pytest.mark.parametrize("common", [0.0, 0.5, 1.0])
-def test_the_share_that_is_common(common: float) -> None:
+@pytest.mark.parametrize(
+    ("common", "rank"), [(0.0, 8), (0.5, 8), (1.0, 8), (0.0, 7), (0.0, 4), (1.0, 4)]
+)
+def test_the_share_that_is_common(common: float, rank: int) -> None:
+    """Of 7 and 4 directions one alone is left to the sum."""
     adapters, weights = CASES["few"], WEIGHTS[:3]
-    found, _ = merge(adapters, weights, "iso_cts", rank=8, parameters={"common": common}, **EXACT)
-    assert relative_error(found, defined("iso_cts", adapters, weights, 8, common=common)) < 1e-10
+    parameters = {"common": common}
+    found, _ = merge(adapters, weights, "iso_cts", rank=rank, parameters=parameters, **EXACT)
+    expected = defined("iso_cts", adapters, weights, rank, common=common)
+    assert relative_error(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
+def test_one_direction_keeps_its_value(method: str) -> None:
+    """One value is its own mean."""
+    adapters, weights = CASES["few"], WEIGHTS[:3]
+    total = sum(w * s.delta for w, s in zip(weights, adapters, strict=True))
+    found, _ = merge(adapters, weights, method, rank=1, **EXACT)
+    assert relative_error(found, best_rank(total, 1)) < 1e-10
 
 
 def test_iso_cts_without_room_is_iso_c() -> None:
@@ -185,7 +199,9 @@ def test_a_sum_that_cancels_has_no_directions(method: str, compute: str) -> None
 def test_adapters_of_zeros(method: str) -> None:
     first, second = CASES["few"][:2]
     fresh = Source(second.a, np.zeros_like(second.b), 2.0)
-    assert not merge([fresh, fresh], (1.0, 1.0), method, rank=4, **EXACT)[0].any()
+    nothing, report = merge([fresh, fresh], (1.0, 1.0), method, rank=4, **EXACT)
+    assert not nothing.any()
+    assert report.basis_gap in (None, 1.0)
     alone, _ = merge([first], (1.0,), method, rank=3, **EXACT)
     found, _ = merge([first, fresh], (1.0, 1.0), method, rank=3, **EXACT)
     if method == "iso_cts":
@@ -265,6 +281,17 @@ def test_the_merge_turns_with_the_adapters(method: str) -> None:
     assert relative_error(q @ one, other) < 1e-9
 
 
+@pytest.mark.parametrize("method", [*NAMES, "ctm"])
+def test_the_unit_does_not_matter(method: str) -> None:
+    """A merge of deltas a million million times as short is as much shorter, and as sure."""
+    adapters, weights = with_a_common_part(4), WEIGHTS
+    short = [Source(s.a, s.b * 1e-12, s.scaling) for s in adapters]
+    one, report = merge(adapters, weights, method, rank=4, **EXACT)
+    other, of_short = merge(short, weights, method, rank=4, **EXACT)
+    assert relative_error(1e12 * other, one) < 1e-9
+    assert (of_short.basis_gap or 0) == pytest.approx(report.basis_gap or 0, rel=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(30, 7), (7, 30)])
 def test_polar_factors(shape: tuple[int, int]) -> None:
     x = torch.from_numpy(np.random.default_rng(4).standard_normal(shape))
@@ -272,6 +299,12 @@ def test_polar_factors(shape: tuple[int, int]) -> None:
     doubled = torch.cat([x, x], dim=1)
     expected = wholes.polar(doubled.numpy())
     assert relative_error(polar(doubled, map).numpy(), expected) < 1e-9
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 0)])
+def test_zeros_have_no_polar_factor(shape: tuple[int, int]) -> None:
+    found = polar(torch.zeros(shape, dtype=torch.float64), map)
+    assert torch.equal(found, torch.zeros(shape, dtype=torch.float64))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -42,8 +42,7 @@ def step(point: torch.Tensor, shares: torch.Tensor, cosines: torch.Tensor) -> to
     sines = torch.sin(angles)
     # Right across from the point a direction leads nowhere; near it an angle is its sine.
     alike = torch.where(toward > 0, 1.0, 0.0)
-    stretch = torch.where(sines > BLUR, angles / sines.clamp_min(BLUR), alike)
-    stretch = torch.where(cosines.diagonal() > 0, stretch, 0.0) * shares
+    stretch = torch.where(sines > BLUR, angles / sines.clamp_min(BLUR), alike) * shares
     tangent = stretch - (stretch @ toward) * point
     length = float((tangent @ cosines @ tangent).clamp_min(0.0).sqrt())
     if length <= NEAR:
