@@ -27,7 +27,7 @@ PROCESS_BYTES = 264 * MIB
 """What a process takes that does nothing but merge: 235 to 255 MiB were measured. One that holds
 more, for it has loaded more than streammerge, is measured."""
 
-THREAD_BYTES = 16 * MIB
+THREAD_BYTES = 17 * MIB
 """What one more worker thread reserves: its stack, its allocator arena, and the buffers of BLAS and
 LAPACK, which in float64 grow with a product's rows up to 11 MiB: 17 MiB at most were measured."""
 

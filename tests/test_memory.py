@@ -166,6 +166,7 @@ def test_tasks_of_many_tiles_keep_their_projection(
         ("tsv", 8, (256, 16384, 64), {}),
         ("tsv", 8, (4096, 4096, 32), {"compute_dtype": "float64"}),
         ("tsv", 40, (4096, 4096, 32), {"rank": 16}),
+        ("ctm", 32, (768, 768, 8), {"rank": 256}),
         ("slerp", 2, (8192, 8192, 512), {"rank": 16}),
         ("karcher", 6, (8192, 8192, 256), {"space": "exact"}),
     ],

@@ -144,8 +144,9 @@ def test_normalized_weights(adapters: list[str], tmp_path: Path) -> None:
 
 
 def test_weights_that_cannot_be_normalized(adapters: list[str]) -> None:
-    with pytest.raises(RecipeError, match="add up to zero"):
-        streammerge.plan(adapters, weights=[1, -1], normalize=True)
+    for weights in ([1, -1], [0.3, -0.30000000000000004]):
+        with pytest.raises(RecipeError, match="add up to zero"):
+            streammerge.plan(adapters, weights=weights, normalize=True)
     plan = streammerge.plan(adapters, weights=[0, 0], normalize=True)
     assert weights_of(plan) == dict.fromkeys(weights_of(plan), 0.0)
     assert any("weight 0" in notice for notice in plan.notices)

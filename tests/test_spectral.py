@@ -375,6 +375,36 @@ def test_faint_directions_are_not_lost(faintest: float) -> None:
     assert (np.abs(inside) < 1e-7 * sizes[:, None]).all()
 
 
+def test_directions_that_the_other_basis_does_not_see() -> None:
+    """What all share is a column here and another row there: a basis that sees none of what the
+    other began with finds what there is for it."""
+    units = np.eye(64)
+    adapters = [
+        Source(np.stack([units[10 + t], (1 + t / 10) * units[40]]), units[:, [0, 1 + t]], 1.0)
+        for t in range(5)
+    ]
+    found, report = merge(adapters, (1.0,) * 5, "ctm", rank=1, **EXACT)
+    assert report.directions == (1, 1)
+    assert relative_error(found, 1.4 * np.outer(units[5], units[40])) < 1e-10
+
+
+@pytest.mark.parametrize("apart", [1e-4, 1e-5])
+def test_alike_adapters_do_not_settle_by_rounding(apart: float) -> None:
+    """Whose bases cannot be turned by less than rounding makes of nearly equal factors."""
+    drawn = np.random.default_rng(0)
+    b, a = drawn.standard_normal((60, 4)), drawn.standard_normal((4, 50))
+    adapters = [
+        Source(
+            a + apart * drawn.standard_normal(a.shape),
+            b + apart * drawn.standard_normal(b.shape),
+            1,
+        )
+        for _ in range(4)
+    ]
+    _, report = merge(adapters, (1.0,) * 4, "ctm", rank=8, **EXACT)
+    assert report.settled or 1e-10 < (report.last_step or 0) < 1e-4
+
+
 def test_shared_bases_in_float32() -> None:
     adapters, weights = with_a_common_part(4), WEIGHTS
     exact, _ = merge(adapters, weights, "ctm", rank=4, **EXACT)

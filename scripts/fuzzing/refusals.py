@@ -7,7 +7,7 @@ from fuzzing.recipes import Case
 from streammerge import errors
 from streammerge.ranks import RankPolicy
 
-SHARES = ("slerp", "multislerp", "karcher", "model_stock", "norm_matched")
+SHARES = ("slerp", "model_stock", "norm_matched")
 OF_RANK = ("iso_c", "iso_cts")
 LARGEST = ("ties", "magnitude_prune", "breadcrumbs")
 CANCELLED = 1e-12

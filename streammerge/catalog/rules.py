@@ -221,14 +221,12 @@ RULES: dict[str, RuleSpec] = {
             kind="coefficient",
             summary="one step along the sphere from the mean direction, at the mean norm",
             source="Goddard et al. 2024, arXiv 2403.13257 (mergekit)",
-            shares=True,
         ),
         RuleSpec(
             name="karcher",
             kind="coefficient",
             summary="the Karcher mean of the directions, at the mean norm",
             source="Karcher 1977",
-            shares=True,
         ),
         RuleSpec(
             name="model_stock",

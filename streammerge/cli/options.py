@@ -32,7 +32,7 @@ RUN = "Run"
 """Headings that the commands have options of their own under."""
 
 
-_RANK = Word("energy:0.95", "error:0.1", name="R|max:R|energy:E[,max:R]|error:X[,max:R]")
+_RANK = Word("max:64", "energy:0.95", "error:0.1", name="R|max:R|energy:E[,max:R]|error:X[,max:R]")
 
 _COMPUTE_DTYPE = click.option(
     "--compute-dtype",
@@ -69,8 +69,8 @@ _RULE = (
         "--rank",
         type=_RANK,
         help="Of the output, where it is truncated; or, in each module, R but no more than the "
-        "inputs' ranks together, or the smallest that keeps the share E of the energy, or has at "
-        "most the relative error X.  "
+        "inputs' ranks together where the method leaves no more, or the smallest that keeps the "
+        "share E of the energy, or has at most the relative error X.  "
         "[default: the largest of the inputs]",
     ),
     click.option(

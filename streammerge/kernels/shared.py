@@ -24,7 +24,8 @@ SETTLED = 1e-10
 """Columns that a sweep turns by less than this have settled."""
 
 NULL = 1e-12
-"""Squared singular values below this share of the largest are rounding."""
+"""Squared singular values below this share of Σ c_t²·‖Δ_t‖² are rounding; so are eigenvalues of the
+products of columns of length 1, below this share of the largest."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Side:
     """How many columns each source has of them."""
     counts: torch.Tensor
     """c_t·s_t of each column, float64."""
+    nothing: float
+    """Squared singular values up to this are rounding."""
 
 
 def shared_bases(
@@ -67,7 +70,8 @@ def shared_bases(
     They maximise Σ c_t²·‖Uᵀ·Δ_t·V‖² (He et al. 2026, arXiv 2606.03723: HOSVD, then HOOI; De
     Lathauwer, De Moor and Vandewalle 2000). c_t brings each delta from its norm towards the mean
     norm: ‖Δ_t‖ counts as beta·‖Δ_t‖ + (1 - beta)·mean. A half-sweep is one step of orthogonal
-    iteration, which has the same fixed points as the SVD that HOOI takes there.
+    iteration, at rest where the SVD that HOOI takes there is; and it is that SVD where a basis has
+    fewer columns than it may have, for a step finds none again that was lost.
 
     In the end each basis is turned to the left singular vectors of all deltas as the other basis
     sees them, with one order and sign. What has not settled after SWEEPS is returned as it is, and
@@ -87,18 +91,20 @@ def shared_bases(
         FloatingPointError: a norm is not finite.
     """
     squares = [gram(x, each) for x in (b, a.mT)]
-    counts = _importance(squares, ranks, scalings, beta)
+    counts, energy = _importance(squares, ranks, scalings, beta)
     left, right = (
-        Side(stack, products, ranks, counts)
+        Side(stack, products, ranks, counts, NULL * energy)
         for stack, products in zip((b, a.mT), squares, strict=True)
     )
-    u, v = _leading(left, right, rank), _leading(right, left, rank)
+    u = _leading(left, _blocks(right), rank)
+    v = _leading(right, _blocks(left), rank)
+    most = u.x.shape[1], v.x.shape[1]
     moved = 0.0
-    for _ in range(SWEEPS if u.x.shape[1] and v.x.shape[1] else 0):
+    for _ in range(SWEEPS if all(most) else 0):
         check()
-        u_next = _turned(left, right, u, v)
-        v_next = _turned(right, left, v, u_next)
-        moved = max(_distance(u, u_next), _distance(v, v_next))
+        u_next = _turned(left, right, u, v, most[0])
+        v_next = _turned(right, left, v, u_next, most[1])
+        moved = max(_distance(left, u, u_next), _distance(right, v, v_next))
         u, v = u_next, v_next
         if moved <= SETTLED:
             break
@@ -111,8 +117,9 @@ def shared_bases(
 
 def _importance(
     squares: Sequence[torch.Tensor], ranks: Sequence[int], scalings: Sequence[float], beta: float
-) -> torch.Tensor:
-    """Return c_t·s_t for every column, of each source as often as its rank says, float64."""
+) -> tuple[torch.Tensor, float]:
+    """Return c_t·s_t for every column, of each source as often as its rank says, float64; and
+    Σ c_t²·‖Δ_t‖²."""
     met = squares[0] * squares[1]
     norms = torch.stack(
         [
@@ -126,21 +133,33 @@ def _importance(
         raise FloatingPointError("deltas overflow: their norm is not finite")
     wanted = beta * norms + (1 - beta) * norms.mean()
     weights = torch.where(norms > 0, wanted / norms, 0.0) * scaling
-    return torch.repeat_interleave(weights, torch.tensor(list(ranks), device=norms.device))
+    each = torch.repeat_interleave(weights, torch.tensor(list(ranks), device=norms.device))
+    return each, float(torch.where(norms > 0, wanted, 0.0).square().sum())
 
 
-def _leading(side: Side, other: Side, rank: int) -> Found:
-    """Return X with side.stack·X the leading left singular vectors of all deltas side by side.
+def _blocks(other: Side) -> list[torch.Tensor]:
+    """Return c_t²·A_t·A_tᵀ of each source."""
+    ranks = list(other.ranks)
+    rows = enumerate(torch.split(other.squares, ranks))
+    counts = torch.split(other.counts, ranks)
+    return [
+        torch.outer(counts[t], counts[t]) * torch.split(part, ranks, dim=1)[t] for t, part in rows
+    ]
 
-    [c_1·Δ_1 … c_N·Δ_N] has those of stack·L, L the roots of the blocks c_t²·A_t·A_tᵀ.
+
+def _leading(side: Side, blocks: Sequence[torch.Tensor], rank: int) -> Found:
+    """Return X with side.stack·X the leading left singular vectors of what lies side by side.
+
+    [c_1·Δ_1 … c_N·Δ_N], as a whole or as the other basis sees it, has those of stack·L, L the roots
+    of the blocks.
+
+    Args:
+        side: of the factors.
+        blocks: for [c_t·Δ_t] = [B_t·Y_t] each Y_t·Y_tᵀ.
+        rank: how many vectors; fewer where there are no more.
     """
     ranks = list(side.ranks)
-    roots = [
-        _root(torch.split(rows, ranks, dim=1)[t])
-        for t, rows in enumerate(torch.split(other.squares, ranks))
-    ]
-    parts = torch.split(side.counts, ranks)
-    roots = [part[:, None] * root for part, root in zip(parts, roots, strict=True)]
+    roots = [_root(block) for block in blocks]
     squares = side.squares.clone()
     for rows, root in zip(torch.split(squares, ranks), roots, strict=True):
         rows.copy_(root.mT @ rows)
@@ -150,7 +169,7 @@ def _leading(side: Side, other: Side, rank: int) -> Found:
     values, vectors = torch.linalg.eigh(squares)
     del squares
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
-    kept = int(torch.count_nonzero(values > NULL * values[0].clamp_min(0.0)))
+    kept = int(torch.count_nonzero(values > side.nothing))
     chosen = vectors[:, :kept] / values[:kept].sqrt()
     parts = torch.split(chosen, ranks)
     x = torch.cat([root @ rows for root, rows in zip(roots, parts, strict=True)])
@@ -169,49 +188,59 @@ def _seen(other: Side, found: Found) -> Sequence[torch.Tensor]:
     return torch.split(other.counts[:, None] * found.image, list(other.ranks))
 
 
-def _turned(side: Side, other: Side, found: Found, seen: Found) -> Found:
+def _turned(side: Side, other: Side, found: Found, seen: Found, most: int) -> Found:
     """Return a basis after one step of orthogonal iteration on all deltas as the other one sees
-    them.
+    them; or where it has fewer columns than `most`, the leading singular vectors of these.
 
     P = [c_1·Δ_1·V …] = stack·E with E in blocks, and P·Pᵀ·U = stack·(E·Eᵀ·squares·x). U is turned
     to its singular vectors first, so that each column is as long afterwards as its own value says:
     at length one columns of small values are as good as those of large ones.
     """
-    parts = _seen(other, seen)
-    images = torch.split(found.image, list(side.ranks))
-    met = torch.cat([e.mT @ image for e, image in zip(parts, images, strict=True)])
-    squares = met.mT @ met
-    vectors: torch.Tensor
+    parts, ranks = _seen(other, seen), list(side.ranks)
+    values, vectors = _values(parts, torch.split(found.image, ranks))
+    there = values > side.nothing
+    if found.x.shape[1] == most and bool(there.all()):
+        image = found.image @ (vectors / values)
+        pairs = zip(parts, torch.split(image, ranks), strict=True)
+        turned = _orthonormal(side, torch.cat([e @ (e.mT @ part) for e, part in pairs]))
+        if turned.x.shape[1] == most:
+            return turned
+    return _leading(side, [e @ e.mT for e in parts], most)
+
+
+def _values(
+    parts: Sequence[torch.Tensor], images: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the squared singular values of P as a basis sees it, falling, and their vectors."""
+    squares = images[0].new_zeros(images[0].shape[1], images[0].shape[1])
+    for e, image in zip(parts, images, strict=True):
+        met = e.mT @ image
+        squares.addmm_(met.mT, met)
     values, vectors = torch.linalg.eigh((squares + squares.mT) / 2)
-    there = values > NULL * values[-1:].clamp_min(0.0)
-    turn = (vectors[:, there] / values[there]).flip(1)
-    turned = torch.split(met @ turn, [part.shape[1] for part in parts])
-    return _orthonormal(side, torch.cat([e @ m for e, m in zip(parts, turned, strict=True)]))
+    return values.flip(0), vectors.flip(1)
 
 
 def _orthonormal(side: Side, x: torch.Tensor) -> Found:
-    """Return x·T for which the columns of stack·x·T are orthonormal.
-
-    Args:
-        side: of the factors.
-        x: k × columns; those of stack·x are about one long, and apart.
-    """
+    """Return x·T for which the columns of stack·x·T are orthonormal; as many as are apart."""
     image = side.squares @ x
     inside = x.mT @ image
+    lengths = inside.diagonal().clamp_min(0.0).sqrt()
+    scale = torch.where(lengths > 0, 1 / lengths, 0.0)
+    inside = inside * torch.outer(scale, scale)
     vectors: torch.Tensor
     values, vectors = torch.linalg.eigh((inside + inside.mT) / 2)
     apart = values > NULL * values[-1:].clamp_min(0.0)
-    turn = vectors[:, apart] / values[apart].sqrt()
+    turn = scale[:, None] * (vectors[:, apart] / values[apart].sqrt())
     return Found(x @ turn, image @ turn)
 
 
-def _distance(first: Found, second: Found) -> float:
-    """Return the sine of the largest angle between two spaces, about."""
+def _distance(side: Side, first: Found, second: Found) -> float:
+    """Return the norm of the sines of the angles between two spaces; 1 of unequal ones."""
     if first.x.shape != second.x.shape:
         return 1.0
-    inside = first.x.mT @ second.image
-    rest, image = second.x - first.x @ inside, second.image - first.image @ inside
-    return math.sqrt(max(0.0, float((rest * image).sum())))
+    rest = second.x - first.x @ (first.x.mT @ second.image)
+    # Not from the images: where columns of factors are nearly alike their differences are rounding.
+    return math.sqrt(max(0.0, float((rest * (side.squares @ rest)).sum())))
 
 
 def _basis(
@@ -226,10 +255,7 @@ def _basis(
     own, seen = found
     if not own.x.shape[1]:
         return Basis(side.stack.new_empty(len(side.stack), 0), 1.0)
-    images = torch.split(own.image, list(side.ranks))
-    inside = torch.stack([e.mT @ i for e, i in zip(_seen(other, seen), images, strict=True)])
-    squares = torch.einsum("tab,tac->bc", inside, inside)
-    values, vectors = torch.linalg.eigh((squares + squares.mT) / 2)
-    values, vectors = values.flip(0).clamp_min_(0.0).sqrt_(), vectors.flip(1)
+    values, vectors = _values(_seen(other, seen), torch.split(own.image, list(side.ranks)))
+    values = values.clamp_min(0.0).sqrt()
     columns = multiply(side.stack, own.x @ vectors, each)
     return Basis(sign_(columns), smallest_gap(values), unsettled)

@@ -11,14 +11,12 @@ from streammerge.adapter import PEFT, Adapter
 from streammerge.catalog import RuleSpec
 from streammerge.errors import IncompatibleError, RecipeError
 from streammerge.planner.align import Alignment
+from streammerge.planner.sources import CANCELLED
 from streammerge.plans import Sources
 from streammerge.recipe import Recipe
 
 Floats = npt.NDArray[np.float64]
 
-
-CANCELLED = 1e-12
-"""A sum of weights that is this share of their magnitudes is zero."""
 
 SHOWN = 4
 """Adapters that a message names."""

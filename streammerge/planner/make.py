@@ -153,7 +153,11 @@ def make_plan(
         notices=(
             *(*extra.notices, *notices, *settled),
             *partial_targets(adapters, alignment),
-            *(unwanted_targets(alignment, sources) if rule.shares or recipe.normalize else ()),
+            *(
+                unwanted_targets(alignment, sources)
+                if rule.kind == "coefficient" or recipe.normalize
+                else ()
+            ),
         ),
         late=isinstance(recipe.rank, RankPolicy),
     )

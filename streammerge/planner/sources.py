@@ -14,6 +14,9 @@ from streammerge.plans import Sources
 from streammerge.recipe import Recipe
 from streammerge.schedule import Value, depths, value_at
 
+CANCELLED = 1e-12
+"""A sum of weights that is this share of their magnitudes is zero."""
+
 
 def resolve(
     alignment: Alignment, scaling: Sequence[npt.NDArray[np.float64]], recipe: Recipe
@@ -101,7 +104,7 @@ def _normalize(alignment: Alignment, weight: npt.NDArray[np.float64]) -> None:
         total = float(weights.sum())
         if not weights.any():
             continue
-        if total == 0.0:
+        if abs(total) <= CANCELLED * float(np.abs(weights).sum()):
             raise RecipeError(
                 f"normalize: the weights of {group.target} add up to zero", option="normalize"
             )

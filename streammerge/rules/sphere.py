@@ -33,10 +33,12 @@ def step(point: torch.Tensor, shares: torch.Tensor, cosines: torch.Tensor) -> to
     taken by the shares, and followed along the sphere (the exponential).
 
     Args:
-        point: coordinates of a vector of length 1.
+        point: coordinates of a vector of length 1; zeros, where there is none, stay zeros.
         shares: of the directions; those of directions that are zero count for nothing.
         cosines: of the directions, N × N, float64.
     """
+    if not bool(point.any()):
+        return point
     toward = (cosines @ point).clamp(-1.0, 1.0)
     angles = torch.arccos(toward)
     sines = torch.sin(angles)

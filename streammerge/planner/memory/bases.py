@@ -84,7 +84,7 @@ def with_shared_bases(shape: Shape, lanes: int, used: int) -> int:
     reading = 2 * max(shape.ranks) * max(shape.m, shape.n) * (shape.item + shape.stored_item)
     blocks = 3 * sum(rank * rank for rank in shape.ranks) * DOUBLE
     working = max(4 * k * k * DOUBLE + blocks, lanes * 2 * rows * max(k, r) * DOUBLE)
-    iterating = 12 * k * r * DOUBLE + 2 * len(shape.ranks) * r * r * DOUBLE
+    iterating = (14 * k + 8 * r) * r * DOUBLE
     finding = stacks + 2 * k * k * DOUBLE + max(reading, working) + iterating
     later = 2 * r * k * shape.item + max(lanes * reading * 2, used)
     return r * sides * shape.item + max(finding, later)
