@@ -92,7 +92,9 @@ def coefficient_answer(case: Case, here: Present) -> Answer:
     short = float((lengths(here.sources)[there] / norms[there]).max(initial=1.0))
     worst = short**2
     margin, why = _margin(case, deltas, here.weights, norms)
-    stretch = float(np.abs(wholes.shares(here.weights)).sum())
+    # Shares of magnitudes add up to 1, those of a sum to more where weights are negative.
+    by_size = case.rule in ("multislerp", "karcher")
+    stretch = 1.0 if by_size else float(np.abs(wholes.shares(here.weights)).sum())
     unsure = DOUBLE * len(deltas) * worst * (1 + stretch) / margin**2
     if short > SHORT:
         why = LITTLE
