@@ -18,7 +18,7 @@ from names import PAIRS, chosen, most, rule_of, space_of
 from streammerge import draw, errors
 from streammerge.budget import Budget, granted_by_machine, parse_size
 from streammerge.kernels.thresholds import PANEL_GATHERED
-from streammerge.planner import memory
+from streammerge.planner.memory import buffers
 from streammerge.tiling import PANELS
 
 WEIGHTS = "adapter_model.safetensors"
@@ -231,8 +231,8 @@ def test_small_matrices_of_high_ranks_are_counted(
 
 def test_the_formula_has_the_sizes_that_are_allocated() -> None:
     """Numbers that stand in the planner, which may not import the maths, and in the maths."""
-    assert memory.DRAWN == draw.CHUNK
-    assert memory.GATHERED == PANELS * PANEL_GATHERED
+    assert buffers.DRAWN == draw.CHUNK
+    assert buffers.GATHERED == PANELS * PANEL_GATHERED
 
 
 def test_memory_that_is_there_is_used(tmp_path: Path) -> None:

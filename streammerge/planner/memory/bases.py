@@ -87,4 +87,5 @@ def with_shared_bases(shape: Shape, lanes: int, used: int) -> int:
     iterating = (14 * k + 8 * r) * r * DOUBLE
     finding = stacks + 2 * k * k * DOUBLE + max(reading, working) + iterating
     later = 2 * r * k * shape.item + max(lanes * reading * 2, used)
-    return r * sides * shape.item + max(finding, later)
+    # Small blocks of the one stay in the heap while the other takes its own.
+    return r * sides * shape.item + finding + later
