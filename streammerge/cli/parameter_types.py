@@ -17,7 +17,11 @@ class Word(click.ParamType[Any]):
         self.words = words
         self.name = name or "|".join(words)
 
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:  # noqa: ARG002
+    def get_metavar(
+        self,
+        param: click.Parameter,  # noqa: ARG002  # click's signature
+        ctx: click.Context,  # noqa: ARG002  # click's signature
+    ) -> str:
         """Return what stands for the value in the help."""
         return self.name
 

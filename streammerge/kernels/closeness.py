@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from streammerge.kernels.spectra import NULL
+from streammerge.rules.spectrum import NULL
 
 Spans = Sequence[tuple[int, int]]
 Rows = Callable[[int, int], torch.Tensor]

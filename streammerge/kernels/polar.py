@@ -8,10 +8,8 @@ import torch
 
 from streammerge.kernels.each import Each
 from streammerge.kernels.grams import gram
+from streammerge.rules.spectrum import NULL
 from streammerge.tiling import gram_rows
-
-NULL = 1e-6
-"""Singular values below this share of the largest are rounding, and have no direction."""
 
 
 def polar(x: torch.Tensor, each: Each) -> torch.Tensor:

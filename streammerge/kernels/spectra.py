@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-NULL = 1e-6
-"""Singular values below this share of the largest count as zero: factors are float32 or coarser."""
+from streammerge.rules.spectrum import count_nonzero
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,6 @@ def triangle(blocks: Iterable[torch.Tensor]) -> torch.Tensor:
         result = torch.linalg.qr(stacked, mode="r").R
     assert result is not None, "a factor has rows"
     return result
-
-
-def count_nonzero(s: torch.Tensor) -> int:
-    """Return how many of these singular values, in descending order, are not zero."""
-    return int((s > NULL * s[:1]).sum())
 
 
 def effective_rank(s: torch.Tensor) -> float:

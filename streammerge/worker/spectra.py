@@ -13,6 +13,7 @@ from streammerge.adapter import Adapter
 from streammerge.errors import NonFiniteError
 from streammerge.kernels import spectra
 from streammerge.readers.windows import OpenFiles, Window, mapped
+from streammerge.rules.spectrum import count_nonzero
 from streammerge.tiling import factor_rows
 from streammerge.worker.factors import FactorReader
 from streammerge.worker.job import one_thread_each, steady_allocator
@@ -69,7 +70,7 @@ def spectra_of(adapter: Adapter) -> Iterator[Spectrum]:
                 largest=float(s[0]),
                 effective_rank=spectra.effective_rank(s),
                 stable_rank=spectra.stable_rank(s),
-                numerical_rank=spectra.count_nonzero(s),
+                numerical_rank=count_nonzero(s),
             )
 
 

@@ -9,10 +9,11 @@ from streammerge.kernels.grams import truncate_by_grams
 from streammerge.kernels.krylov import block_krylov
 from streammerge.kernels.matrices import FactorSum
 from streammerge.kernels.polar import polar
-from streammerge.kernels.spectra import NULL, Triples, triples
+from streammerge.kernels.spectra import Triples, triples
 from streammerge.lowrank import Truncation, truncate_product
 from streammerge.planner.routes import PROBES
 from streammerge.rules import SPECTRAL, Spectrum
+from streammerge.rules.spectrum import NULL
 from streammerge.worker.sums import stack
 from streammerge.worker.work import Work
 
