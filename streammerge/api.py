@@ -17,6 +17,7 @@ from streammerge.budget import CPU, format_size, parse_duration, peak_bytes
 from streammerge.consolidation import consolidate
 from streammerge.errors import PublishedError, StoppedError, printable
 from streammerge.notebook import card
+from streammerge.notices import of_modules
 from streammerge.output.record import write_timings
 from streammerge.output.staging import Staging, check_output
 from streammerge.plans import SHOWN, Plan
@@ -395,10 +396,7 @@ def merge(
             # Told before it is cleared up, where an interrupt is none any more.
             tell(events.Published(os.fspath(output), planned.write_bytes))
     late = [
-        *_short(modules, planned),
-        *_missed(modules),
-        *_undecided(modules),
-        *_unsettled(modules, planned),
+        *of_modules(modules, planned),
         *(f"{left}; the next merge clears up" for left in staging.left),
     ]
     for notice in late:
@@ -519,54 +517,6 @@ def _with_push(
 def _check_time(deadline: float, targets: int) -> None:
     if time.monotonic() > deadline:
         raise StoppedError("the time limit is over", done=0, targets=targets)
-
-
-def _short(modules: Sequence[ModuleReport], planned: Plan) -> list[str]:
-    short = [module.target for module in modules if not module.rank_reached]
-    if not short:
-        return []
-    notice = (
-        f"in {len(short)} targets no rank up to the largest one allowed keeps what "
-        f"{planned.recipe['rank']} asks for (such as {short[0]}); streammerge.json says what is "
-        "kept"
-    )
-    return [notice]
-
-
-def _missed(modules: Sequence[ModuleReport]) -> list[str]:
-    missed = [module.target for module in modules if not module.converged]
-    if not missed:
-        return []
-    notice = (
-        f"{len(missed)} targets did not reach the tolerance of the truncated SVD in the planned "
-        f"passes (such as {missed[0]}); streammerge.json says how far each is off"
-    )
-    return [notice]
-
-
-def _undecided(modules: Sequence[ModuleReport]) -> list[str]:
-    undecided = [module.target for module in modules if not module.basis_unique]
-    if not undecided:
-        return []
-    notice = (
-        f"the bases of {len(undecided)} targets have singular values that are as good as equal "
-        f"(such as {undecided[0]}), so that rounding decides between their directions: on other "
-        "hardware the result may be another one"
-    )
-    return [notice]
-
-
-def _unsettled(modules: Sequence[ModuleReport], planned: Plan) -> list[str]:
-    steps = [(module.last_step, module.target) for module in modules if module.last_step]
-    if not steps:
-        return []
-    longest, target = max(steps)
-    notice = (
-        f"in {len(steps)} targets the iteration of {planned.rule} in {planned.space} space had not "
-        f"come to rest when its steps were used up: its last one was of {longest:.1e} at most (in "
-        f"{target}); streammerge.json says of how much in each"
-    )
-    return [notice]
 
 
 class StreammergeWarning(UserWarning):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -32,9 +32,10 @@ from streammerge.errors import (
     RefusedError,
     StreammergeError,
 )
+from streammerge.notices import of_last_steps
 from streammerge.planner import fitted, make_plan, resolve_method
 from streammerge.planner.align import align
-from streammerge.planner.checks import check_bases, partial_targets
+from streammerge.planner.checks import check_bases, partial_targets, unwanted_targets
 from streammerge.planner.sample import pinned, sample_targets
 from streammerge.plans import Plan
 from streammerge.preparation import StrPath, bring, make_recipe, own_budget
@@ -171,6 +172,8 @@ def compare(
             *(notice for adapter in manifests for notice in adapter.notices),
             *check_bases(manifests, next(iter(recipes.values()))),
             *partial_targets(manifests, alignment),
+            *_unwanted(plan),
+            *(notice for name, pairs in found.items() for notice in _restless(plans[name], pairs)),
         ),
     )
 
@@ -282,6 +285,21 @@ def _measure(
     return found, failed
 
 
+def _unwanted(plan: Plan) -> list[str]:
+    weights = plan.sources.weight
+    return unwanted_targets({task.target: weights[task.first : task.last] for task in plan.tasks})
+
+
+def _restless(plan: Plan, pairs: Sequence[MeasuredPair]) -> Iterator[str]:
+    """Say of one method in which modules its iteration has not come to rest."""
+    steps = {
+        task.target: pair.last_step
+        for task, pair in zip(plan.tasks, pairs, strict=True)
+        if pair.last_step is not None
+    }
+    return of_last_steps(steps, plan, told="the figures for machines say of how much in each")
+
+
 def _summed(name: str, plan: Plan, pairs: Sequence[MeasuredPair]) -> ComparedMethod:
     count = len(plan.recipe["adapters"])
     cut = [pair.relative_error for pair in pairs if pair.relative_error is not None]
@@ -304,6 +322,8 @@ def _summed(name: str, plan: Plan, pairs: Sequence[MeasuredPair]) -> ComparedMet
                 interference=_ratios(count, [pair], "on_inputs"),
                 norm=math.sqrt(pair.energy),
                 relative_error=pair.relative_error,
+                settled=pair.last_step is None,
+                last_step=pair.last_step,
                 seconds=pair.seconds,
             )
             for task, pair in zip(plan.tasks, pairs, strict=True)

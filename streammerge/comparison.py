@@ -28,6 +28,11 @@ class ComparedModule:
     """‖M‖_F."""
     relative_error: float | None
     """‖M' - M‖/‖M'‖, M' what the rule makes before the cut; None where nothing is cut."""
+    settled: bool
+    """False where the iteration for the bases (`ctm`), or for the weights of the deltas
+    (`karcher`), used up its steps before it came to rest."""
+    last_step: float | None
+    """How far its last step went then, as an angle."""
     seconds: float
     """On one core."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -71,7 +71,7 @@ def thin_qr(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Householder's rounding grows with the length of the columns: 120,000 rows in float32 lose four
     digits. (Tall-skinny QR: Demmel, Grigori, Hoemmen and Langou 2012.)
     """
-    blocks = torch.split(matrix, max(QR_ROWS, 2 * matrix.shape[1]))
+    blocks = _row_blocks(matrix)
     if len(blocks) == 1:
         q, r = torch.linalg.qr(matrix)
         return q, r
@@ -89,6 +89,19 @@ def thin_qr(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q, r.to(matrix.dtype)
 
 
+def triangle(matrix: torch.Tensor) -> torch.Tensor:
+    """Return R of `thin_qr` alone, in float64: half of the work."""
+    blocks = _row_blocks(matrix)
+    if len(blocks) > 1:
+        matrix = torch.cat([torch.linalg.qr(block, mode="r").R for block in blocks]).double()
+    r: torch.Tensor = torch.linalg.qr(matrix, mode="r").R
+    return r.double()
+
+
+def _row_blocks(matrix: torch.Tensor) -> Sequence[torch.Tensor]:
+    return torch.split(matrix, max(QR_ROWS, 2 * matrix.shape[1]))
+
+
 def truncate_product(b: torch.Tensor, a: torch.Tensor, rank: int) -> Truncation:
     """Return the leading `rank` triples of B·A without forming it.
 
@@ -103,7 +116,9 @@ def truncate_product(b: torch.Tensor, a: torch.Tensor, rank: int) -> Truncation:
     q_b, r_b = thin_qr(b)
     q_a, r_a = thin_qr(a.mT)
     left, s, right = torch.linalg.svd(r_b.double() @ r_a.double().mT, full_matrices=False)
-    triples = _leading((q_b, left), s, (q_a, right.mT), rank)
+    kept = min(rank, len(s))
+    u, v = (q @ p[:, :kept].to(q.dtype) for q, p in ((q_b, left), (q_a, right.mT)))
+    triples = _padded(u, s, v, rank)
     lengths = torch.linalg.vector_norm(b, dim=0).double() * torch.linalg.vector_norm(a, dim=1)
     noise = NOISE * torch.finfo(b.dtype).eps * float(lengths.sum())
     if triples.energy <= noise**2 < math.inf:
@@ -115,27 +130,24 @@ def truncate_product(b: torch.Tensor, a: torch.Tensor, rank: int) -> Truncation:
 def truncate_matrix(matrix: torch.Tensor, rank: int) -> Truncation:
     """Return the leading `rank` triples of a matrix with one small side.
 
-    A QR brings it down to the small side; the SVD of what is left is done in float64.
+    The triangle R of its QR has its singular values and right singular vectors V, and M·V is U·S.
+    Its rounding is that of the largest value, of which a small one's vector of U would be full: it
+    is made orthogonal to those before it.
     """
     if matrix.shape[0] < matrix.shape[1]:
         turned = truncate_matrix(matrix.mT, rank)
         return replace(turned, u=turned.v, v=turned.u)
-    q, r = thin_qr(matrix)
-    left, s, right = torch.linalg.svd(r.double(), full_matrices=False)
-    identity = torch.eye(len(s), dtype=q.dtype, device=q.device)
-    return _leading((q, left), s, (identity, right.mT), rank)
-
-
-def _leading(
-    left: tuple[torch.Tensor, torch.Tensor],
-    s: torch.Tensor,
-    right: tuple[torch.Tensor, torch.Tensor],
-    rank: int,
-) -> Truncation:
-    """Return the leading triples of (Q·P)·S·(Q'·P')ᵀ, for left = (Q, P) and right = (Q', P')."""
+    _, s, right = torch.linalg.svd(triangle(matrix), full_matrices=False)
     kept = min(rank, len(s))
-    u, v = (q @ p[:, :kept].to(q.dtype) for q, p in (left, right))
-    squares = s.square()
+    v = right[:kept].mT.to(matrix.dtype).contiguous()
+    q, turn = thin_qr(matrix @ v)
+    u = (q * torch.where(turn.diagonal() < 0, -1, 1)).contiguous()
+    return _padded(u, s, v, rank)
+
+
+def _padded(u: torch.Tensor, s: torch.Tensor, v: torch.Tensor, rank: int) -> Truncation:
+    """Return the leading triples, of all singular values; with zero ones where there are fewer."""
+    kept, squares = u.shape[1], s.square()
     return Truncation(
         u=pad(u, (0, rank - kept)),
         s=pad(s[:kept], (0, rank - kept)),

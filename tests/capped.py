@@ -33,7 +33,7 @@ main(prog_name="streammerge")
 """
 
 _TASKS = """
-import ctypes, gc, json, re, sys, tempfile, threading
+import ctypes, gc, json, os, re, sys, tempfile, threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import torch
@@ -51,6 +51,18 @@ worker.measure_process = lambda *rules: fresh(*rules) and PROCESS_BYTES
 
 def status(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+libc = ctypes.CDLL(None)
+libc.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+POPULATE_READ = 22
+
+def load_code():
+    # A fork begins with none of the libraries' pages, and they are no task's.
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, permissions, _, _, _, *path = line.split()
+        if path and permissions[:3] == "r-x" and path[0].startswith("/"):
+            start, stop = (int(bound, 16) for bound in span.split("-"))
+            libc.madvise(start, stop - start, POPULATE_READ)
 
 def warm(barrier):
     # What BLAS and LAPACK keep for a thread is in what is reserved for it, not in a task's peak.
@@ -75,7 +87,7 @@ def measure(adapters, options, directory):
         for task in made.tasks:
             gc.collect()
             # What earlier tasks left in the heap would hide what this one takes from it.
-            ctypes.CDLL(None).malloc_trim(0)
+            libc.malloc_trim(0)
             before = status("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")
             each = Lanes(pool, task.lanes, job.stopped) if task.lanes > 1 else map
@@ -90,10 +102,21 @@ def measure(adapters, options, directory):
                 "seconds": receipt.seconds,
             }
 
-for line in sys.stdin:
+def answer(adapters, options):
+    load_code()
     with tempfile.TemporaryDirectory() as directory:
-        reserved, rows = zip(*measure(*json.loads(line), directory))
+        reserved, rows = zip(*measure(adapters, options, directory))
     print(json.dumps({"reserved_bytes": reserved[0], "tasks": rows}), flush=True)
+
+worker.warm_up()
+for line in sys.stdin:
+    # Each in a process of its own: what one merge has left in the heap is not the next one's.
+    child = os.fork()
+    if not child:
+        answer(*json.loads(line))
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(1)
 """
 
 
@@ -135,7 +158,7 @@ def run_cli(
 
 
 class _Measuring:
-    """A process that runs the tasks of one merge after another; most of its time it would load."""
+    """Forks a process for the tasks of each merge, which would spend most of its time loading."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None

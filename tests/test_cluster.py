@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import dask
@@ -81,6 +82,22 @@ def heavy(folder: Path, targets: int = 60, side: int = 700) -> list[str]:
 
 
 HEAVY = {"method": "ties_svd", "density": 0.3, "rank": 8}
+
+
+@dataclass(frozen=True)
+class Long:
+    """A merge that takes seconds: what it is made of, and what comes of it."""
+
+    paths: list[str]
+    files: list[bytes]
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Long:
+    folder = tmp_path_factory.mktemp("long")
+    paths = heavy(folder, targets=150)
+    streammerge.merge(paths, folder / "serial", workers=1, **HEAVY)
+    return Long(paths, files(folder / "serial"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -219,19 +236,18 @@ def test_a_worker_is_killed(tmp_path: Path) -> None:
     assert sum(runs.values()) <= len(runs) + 2
 
 
-def assert_goes_on(paths: list[str], folder: Path, scheduler: str | None = None) -> None:
+def assert_goes_on(long: Long, folder: Path, scheduler: str | None = None) -> None:
     """What the workers have done is kept, and the rest is done here or by others."""
     heard: list[events.Event] = []
     streammerge.merge(
-        paths, folder / "out", resume=True, scheduler=scheduler, on_event=heard.append, **HEAVY
+        long.paths, folder / "out", resume=True, scheduler=scheduler, on_event=heard.append, **HEAVY
     )
     resumed = [event.done for event in heard if isinstance(event, events.Resumed)]
     done = [event for event in heard if isinstance(event, events.TaskDone)]
     assert len(resumed) == 1
     assert resumed[0] + len(done) == 150
     assert not list(folder.glob(".out*"))
-    streammerge.merge(paths, folder / "serial", workers=1, **HEAVY)
-    assert files(folder / "out") == files(folder / "serial")
+    assert files(folder / "out") == long.files
 
 
 CLIENT = """
@@ -253,25 +269,25 @@ streammerge.merge(
 """
 
 
-def test_the_client_is_killed(tmp_path: Path) -> None:
-    paths = heavy(tmp_path, targets=150)
+def test_the_client_is_killed(long: Long, tmp_path: Path) -> None:
     with cluster_of(tmp_path / "cluster", 2) as cluster:
-        arguments = [cluster.address, str(tmp_path / "out"), *paths]
+        arguments = [cluster.address, str(tmp_path / "out"), *long.paths]
         killed = subprocess.run([sys.executable, "-c", CLIENT, *arguments], check=False)
         assert killed.returncode == -signal.SIGKILL
         assert list((tmp_path / ".out.streammerge").glob(".streammerge-*/*.tasks"))
-        assert_goes_on(paths, tmp_path, cluster.address)
+        assert_goes_on(long, tmp_path, cluster.address)
 
 
-def test_the_time_limit_on_a_cluster(tmp_path: Path) -> None:
-    paths = heavy(tmp_path, targets=150)
+def test_the_time_limit_on_a_cluster(long: Long, tmp_path: Path) -> None:
     with cluster_of(tmp_path / "cluster", 1) as cluster:
         with pytest.raises(errors.StoppedError) as caught:
             streammerge.merge(
-                paths, tmp_path / "out", scheduler=cluster.address, time_limit=1, **HEAVY
+                long.paths, tmp_path / "out", scheduler=cluster.address, time_limit=1, **HEAVY
             )
         assert caught.value.done < caught.value.targets
-        streammerge.merge(paths, tmp_path / "out", scheduler=cluster.address, resume=True, **HEAVY)
+        streammerge.merge(
+            long.paths, tmp_path / "out", scheduler=cluster.address, resume=True, **HEAVY
+        )
         assert not list(tmp_path.glob(".out*"))
 
 
@@ -289,8 +305,7 @@ def finished_runs(cluster: LocalCluster) -> dict[str, int]:
     return {key: done.count(key) for key in done}
 
 
-def test_a_late_worker_gets_work(tmp_path: Path) -> None:
-    paths = heavy(tmp_path, targets=150)
+def test_a_late_worker_gets_work(long: Long, tmp_path: Path) -> None:
     from distributed import Client
 
     with cluster_of(tmp_path / "cluster", 1) as cluster, Client(cluster.address) as client:
@@ -301,40 +316,37 @@ def test_a_late_worker_gets_work(tmp_path: Path) -> None:
             busy.update(worker for worker, keys in client.processing().items() if keys)
 
         streammerge.merge(
-            paths, tmp_path / "out", scheduler=cluster.address, on_event=listen, **HEAVY
+            long.paths, tmp_path / "out", scheduler=cluster.address, on_event=listen, **HEAVY
         )
     assert len(busy) == 2
 
 
 def test_a_late_worker_that_rounds_differently(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    long: Long, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    paths = heavy(tmp_path, targets=150)
-    with cluster_of(tmp_path / "cluster", 1) as cluster:
+    with cluster_of(tmp_path / "cluster", 1, forked=False) as cluster:
         monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
         listen, _ = at_first_task(cluster.add_worker)
         with pytest.raises(errors.WorkerError, match=r"'DEFAULT'.*mixed_hardware"):
             streammerge.merge(
-                paths, tmp_path / "out", scheduler=cluster.address, on_event=listen, **HEAVY
+                long.paths, tmp_path / "out", scheduler=cluster.address, on_event=listen, **HEAVY
             )
-    assert_goes_on(paths, tmp_path)
+    assert_goes_on(long, tmp_path)
 
 
-def test_the_scheduler_is_lost(tmp_path: Path) -> None:
-    paths = heavy(tmp_path, targets=150)
+def test_the_scheduler_is_lost(long: Long, tmp_path: Path) -> None:
     with cluster_of(tmp_path / "cluster", 1) as cluster:
         listen, _ = at_first_task(lambda: kill(cluster.scheduler))
         with pytest.raises(errors.WorkerError, match="the cluster was lost"):
             streammerge.merge(
-                paths, tmp_path / "out", scheduler=cluster.address, on_event=listen, **HEAVY
+                long.paths, tmp_path / "out", scheduler=cluster.address, on_event=listen, **HEAVY
             )
-    assert_goes_on(paths, tmp_path)
+    assert_goes_on(long, tmp_path)
 
 
-def test_all_workers_are_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_workers_are_lost(long: Long, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from streammerge.executors import workers as module
 
-    paths = heavy(tmp_path, targets=150)
     with cluster_of(tmp_path / "cluster", 1) as cluster:
 
         def strike() -> None:
@@ -344,9 +356,9 @@ def test_all_workers_are_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         listen, _ = at_first_task(strike)
         with pytest.raises(errors.WorkerError, match="no worker any more"):
             streammerge.merge(
-                paths, tmp_path / "out", scheduler=cluster.address, on_event=listen, **HEAVY
+                long.paths, tmp_path / "out", scheduler=cluster.address, on_event=listen, **HEAVY
             )
-    assert_goes_on(paths, tmp_path)
+    assert_goes_on(long, tmp_path)
 
 
 def test_a_gate_lets_in_what_the_plan_says() -> None:
@@ -472,7 +484,7 @@ def test_more_memory_than_a_worker_has(sources: list[str], three: LocalCluster) 
 def test_workers_that_round_differently(
     sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with cluster_of(tmp_path / "cluster", 1) as cluster:
+    with cluster_of(tmp_path / "cluster", 1, forked=False) as cluster:
         monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
         cluster.add_worker()
         wait_until(lambda: cluster.log().count("Registered to:") >= 2)
@@ -619,7 +631,7 @@ def test_a_client_stays_open(sources: list[str], three: LocalCluster, tmp_path: 
 
 def test_workers_stay_within_their_memory(tmp_path: Path) -> None:
     paths = heavy(tmp_path, targets=6, side=2500)
-    with cluster_of(tmp_path / "cluster", 2) as cluster:
+    with cluster_of(tmp_path / "cluster", 2, forked=False) as cluster:
         plan = streammerge.plan(paths, scheduler=cluster.address, **HEAVY)
         allowed = plan.reserved_bytes + 60 * MIB
         assert max(task.projected_bytes for task in plan.tasks) > 60 * MIB

@@ -21,6 +21,9 @@ import streammerge
 from capped import MIB, run_cli
 from making import CONFIG, PREFIX, WEIGHTS, Layer, embedding, linear, write_adapter
 from names import chosen, rule_of
+from oracle.files import random_source
+from oracle.files import write_adapter as write_sources
+from oracle.restated import Source
 from streammerge import errors, events
 from streammerge.budget import Budget
 from streammerge.cli import main
@@ -408,6 +411,44 @@ def test_a_method_that_fails_leaves_the_others(tmp_path: Path) -> None:
     assert "float16" in found.refused[0].why
     with pytest.raises(errors.OutputOverflowError):
         streammerge.compare(sources, methods=["cat"], weights=weights, dtype="float16")
+
+
+def test_what_has_not_come_to_rest_is_told(tmp_path: Path) -> None:
+    """Of the method and the modules that it is true of, as in the record of the merge."""
+    around = np.eye(30) - 0.99 / 30
+    sources = [
+        str(
+            write_sources(
+                tmp_path / f"{i}",
+                {
+                    "around": Source(around[i, None], np.eye(5, 1), 1.0),
+                    "apart": random_source(i, 20, 30, 2),
+                },
+            )
+        )
+        for i in range(len(around))
+    ]
+    weights = [1 + 0.5 * math.sin(i) for i in range(len(sources))]
+    found = streammerge.compare(sources, methods=["svd", "karcher"], weights=weights)
+    merged = streammerge.merge(
+        sources, tmp_path / "out", method="karcher", weights=weights, on_event=events.ignore
+    )
+    reports = {module.target: (module.settled, module.last_step) for module in merged.modules}
+    assert not reports["around"][0]
+    modules = {name: compared(found, name).modules for name in ("svd", "karcher")}
+    assert {one.target: (one.settled, one.last_step) for one in modules["karcher"]} == reports
+    assert all(one.settled for one in modules["svd"])
+    (told,) = [notice for notice in found.notices if "come to rest" in notice]
+    assert all(words in told for words in ("in 1 targets", "karcher", "(in around)"))
+
+
+def test_modules_that_nobody_wants_are_told(tmp_path: Path) -> None:
+    sources = make(tmp_path, {"both": linear(20, 30, 2)}, 2)
+    sources += make(tmp_path / "more", {"both": linear(20, 30, 2), "own": linear(20, 20, 2)}, 1)
+    found = streammerge.compare(sources, methods=["svd", "karcher"], weights=(1.0, 0.5, 0.0))
+    (told,) = [notice for notice in found.notices if "weight 0" in notice]
+    assert told.startswith("in 1 of 2 targets all adapters that have them have the weight 0")
+    assert "(such as own)" in told
 
 
 @pytest.mark.parametrize(

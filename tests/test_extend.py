@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
+import forking
 import streammerge
 from capped import run_cli
-from clusters import LocalCluster, cluster_of, kill, wait_until
+from clusters import LocalCluster, Process, cluster_of, kill, wait_until
 from doc_blocks import blocks_of
 from making import WEIGHTS, linear, write_adapter
 from streammerge import catalog, errors, events, registry, rules
@@ -93,8 +94,7 @@ def forget() -> None:
 
 
 def run(*arguments: str, expected: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "streammerge.cli", *arguments]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = forking.run(["-m", "streammerge.cli", *arguments])
     assert found.returncode == expected, found.stdout + found.stderr
     return found
 
@@ -305,7 +305,7 @@ def test_workers_that_lack_it_or_have_another_are_refused(
     assert files[0] == files[1]
 
 
-def add_worker(cluster: LocalCluster) -> subprocess.Popen[bytes]:
+def add_worker(cluster: LocalCluster) -> Process:
     before = cluster.log().count("Registered to:")
     worker = cluster.add_worker()
     wait_until(lambda: cluster.log().count("Registered to:") > before)

@@ -26,6 +26,7 @@ LAYERS = (
     {"worker"},
     {"executors", "ledger", "resume", "assembly"},
     {"finish"},
+    {"notices"},
     {"run", "verification", "preparation", "consolidation"},
     {"publishing"},
     {"measuring", "comparing", "reporting"},

@@ -69,6 +69,19 @@ def test_a_merge_under_a_hard_cap(
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "free" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.parametrize("method", ["ties_svd", "ctm", "tsv"])
+def test_targets_of_many_shapes_under_a_hard_cap(method: str, tmp_path: Path) -> None:
+    """What one target has left in the heap is room for the next one, not beside it."""
+    shapes = (linear(768, 2048, 80), linear(2048, 512, 80), linear(1536, 2048, 16))
+    layers = {f"layers.{i}.up{j}": shape for i in range(2) for j, shape in enumerate(shapes)}
+    adapters = make(tmp_path / "in", 5, layers)
+    smallest = smallest_budget(adapters, method)
+    arguments = ["merge", *adapters, "-o", str(tmp_path / "out"), *flags(method), "--workers=1"]
+    capped = run_cli([*arguments, "--max-memory", str(smallest)], cap_bytes=smallest)
+    assert capped.returncode == 0, capped.stderr
+    assert capped.peak_bytes <= smallest
+
+
 def smallest_budget(adapters: list[str], method: str, **more: Any) -> int:
     """Return the smallest budget of a fresh process, which reserves less than this one."""
     with pytest.raises(errors.BudgetError) as refused:

@@ -322,7 +322,7 @@ def test_a_stop_while_a_target_is_shared(three: LocalCluster, tmp_path: Path) ->
 def test_members_stay_within_their_memory(tmp_path: Path) -> None:
     layers = {"model.big": linear(9000, 4000, 8)}
     paths = [str(write_adapter(tmp_path / f"in{i}", layers, seed=i)) for i in range(4)]
-    with cluster_of(tmp_path / "cluster", 2) as cluster:
+    with cluster_of(tmp_path / "cluster", 2, forked=False) as cluster:
         room = streammerge.plan(paths, scheduler=cluster.address, **options("ties_svd"))
         allowed = room.reserved_bytes + 100 * MIB
         result = streammerge.merge(
@@ -349,7 +349,7 @@ def test_a_worker_keeps_nothing_of_a_merge(tmp_path: Path) -> None:
     """A second plan finds the process as the first one did, and other work its memory."""
     layers = {"model.big": linear(6000, 5000, 8)}
     paths = [str(write_adapter(tmp_path / f"in{i}", layers, seed=i)) for i in range(4)]
-    with cluster_of(tmp_path / "cluster", 1) as cluster:
+    with cluster_of(tmp_path / "cluster", 1, forked=False) as cluster:
         chosen = {**options("ties_svd"), "max_memory": "700MiB"}
         results = [
             streammerge.merge(

@@ -156,12 +156,13 @@ def check_bases(adapters: Sequence[Adapter], recipe: Recipe) -> list[str]:
     return notices
 
 
-def unwanted_targets(alignment: Alignment, sources: Sources) -> list[str]:
-    unwanted = [g.target for g in alignment.groups if not sources.weight[g.first : g.last].any()]
+def unwanted_targets(weights: Mapping[str, Floats]) -> list[str]:
+    """Say in which targets all weights are 0, of the weights of each."""
+    unwanted = [target for target, given in weights.items() if not given.any()]
     if not unwanted:
         return []
     notice = (
-        f"in {len(unwanted)} of {len(alignment.groups)} targets all adapters that have them have "
+        f"in {len(unwanted)} of {len(weights)} targets all adapters that have them have "
         f"the weight 0 (such as {unwanted[0]}); their deltas are zero"
     )
     return [notice]

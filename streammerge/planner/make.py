@@ -154,7 +154,9 @@ def make_plan(
             *(*extra.notices, *notices, *settled),
             *partial_targets(adapters, alignment),
             *(
-                unwanted_targets(alignment, sources)
+                unwanted_targets(
+                    {g.target: sources.weight[g.first : g.last] for g in alignment.groups}
+                )
                 if rule.kind == "coefficient" or recipe.normalize
                 else ()
             ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -47,6 +47,9 @@ class MeasuredPair:
     """‖M‖²."""
     relative_error: float | None
     """What the cut to the rank loses of what the rule makes; None where nothing is cut."""
+    last_step: float | None
+    """How far the last step went of an iteration that has used up its steps; None where it came to
+    rest, or nothing is iterated."""
     seconds: float
     """That the merge of the target took, without measuring it."""
 
@@ -94,12 +97,13 @@ def measure_pair(job: Job, task: Task, window: Window) -> MeasuredPair:
         sources = TargetSources(job, task, _CPU, window, hashed=False)
         with sources.checked():
             work = Work(job, task, sources, _CPU, watched(job, map))
-            certificate, _ = merge_target(work, Writers(a, b))
+            certificate, unsettled = merge_target(work, Writers(a, b))
         seconds = time.perf_counter() - began
         dtype = job.output_dtype
         rank = task.rank if certificate is None else certificate.rank
         pair = (b.matrix(dtype, task.m), a.matrix(dtype, rank))
-        return _measured(job, task, window, pair, certificate=certificate, seconds=seconds)
+        found = _measured(job, task, window, pair, certificate)
+        return replace(found, last_step=unsettled or None, seconds=seconds)
 
 
 def _measured(
@@ -107,9 +111,7 @@ def _measured(
     task: Task,
     window: Window,
     pair: tuple[torch.Tensor, torch.Tensor],
-    *,
     certificate: Certificate | None,
-    seconds: float,
 ) -> MeasuredPair:
     rank = len(pair[1])
     b, a = map(_rows_of, pair)
@@ -147,7 +149,8 @@ def _measured(
         on_inputs=tuple(one.on_inputs for one in found),
         energy=energy(gram_b, gram_a),
         relative_error=certificate.relative_error if certificate else None,
-        seconds=seconds,
+        last_step=None,
+        seconds=0.0,
     )
 
 

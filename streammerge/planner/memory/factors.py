@@ -76,8 +76,8 @@ def summed(shape: Shape, course: Course, holding: Holding) -> int:
 
 
 def inner(shape: Shape, lanes: int) -> int:
-    """The stacks of two groups, a factor as it is read; two products of theirs, and what they are
-    added up by; rows in float64."""
+    """The stacks of two groups; two products of theirs, and what they are added up by; rows in
+    float64, which stay in the heap while the next factor is read; that factor."""
     sides = shape.m + shape.n
     groups = inner_groups(shape.ranks, sides)
     columns = max(sum(shape.ranks[i] for i in group) for group in groups)
@@ -85,7 +85,7 @@ def inner(shape: Shape, lanes: int) -> int:
     reading = max(shape.ranks) * max(shape.m, shape.n) * (shape.item + shape.stored_item)
     rows = longest(gram_rows(max(shape.m, shape.n)))
     block = longest(gram_blocks(columns))
-    working = max(reading, lanes * rows * 2 * block * DOUBLE)
+    working = reading + lanes * rows * 2 * block * DOUBLE
     count = len(shape.ranks)
     return stacks + 3 * columns * columns * DOUBLE + working + 4 * count * count * DOUBLE
 
