@@ -19,6 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import forking
 import streammerge
 from clocks import within
 from making import CONFIG, WEIGHTS, linear, write_adapter
@@ -177,17 +178,12 @@ def test_killed_after_the_publishing(when: str, sources: list[Path], tmp_path: P
     paths = [str(out), str(sources[2])]
     streammerge.merge(paths, tmp_path / "undisturbed", method="cat")
     # An earlier output in the staging directory's place, as the run leaves it.
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, when, str(out), *paths], check=False, capture_output=True
-    )
+    done = forking.run(["-c", KILLED, when, str(out), *paths])
     assert done.returncode == -signal.SIGKILL
     weights = (out / WEIGHTS).read_bytes()
     assert weights == (tmp_path / "undisturbed" / WEIGHTS).read_bytes()
-    command = [sys.executable, "-m", "streammerge.cli", "merge", *paths, "-o", str(out)]
-    again = subprocess.run(
-        [*command, "--method", "cat", "--overwrite", "--resume"],
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
+    command = ["-m", "streammerge.cli", "merge", *paths, "-o", str(out)]
+    again = forking.run([*command, "--method", "cat", "--overwrite", "--resume"])
     assert again.returncode == 0, again.stderr
     assert "what this merge has made" in again.stderr
     assert (out / WEIGHTS).read_bytes() == weights
@@ -199,8 +195,7 @@ def test_another_merge_after_one_that_was_killed_while_it_cleared_up(
 ) -> None:
     out = tmp_path / "out"
     streammerge.merge(sources, out, method="svd")
-    arguments = [sys.executable, "-c", KILLED, "exchange", str(out), *map(str, sources)]
-    subprocess.run(arguments, check=False, capture_output=True)
+    forking.run(["-c", KILLED, "exchange", str(out), *map(str, sources)])
     with pytest.raises(errors.OutputExistsError):
         streammerge.merge(sources, out, method="linear", resume=True)
     assert not list(tmp_path.glob(".out*"))

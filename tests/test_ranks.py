@@ -7,8 +7,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import forking
 import streammerge
 from capped import MIB, task_peaks
 from clusters import LocalCluster, cluster_of
@@ -687,10 +686,8 @@ def test_whatever_the_machine(
 
 def test_another_process(adapters: list[Path], plain: Path, tmp_path: Path) -> None:
     words = ["--method=ties_svd", "--density=0.5", "--extras=mean", "--rank", ASKED, "--quiet"]
-    command = [sys.executable, "-m", "streammerge.cli", "merge", *map(str, adapters), *words]
-    done = subprocess.run(
-        [*command, "-o", str(tmp_path / "out")], capture_output=True, text=True, check=False
-    )
+    command = ["-m", "streammerge.cli", "merge", *map(str, adapters), *words]
+    done = forking.run([*command, "-o", str(tmp_path / "out")])
     assert done.returncode == 0, done.stderr
     assert f"cut to ranks {min(ranks_in(plain).values())} to 9 ({ASKED})" in done.stdout
     assert written(tmp_path / "out") == written(plain)
@@ -794,10 +791,8 @@ def test_killed(moment: str, adapters: list[Path], plain: Path, tmp_path: Path) 
     out = tmp_path / "out"
     source = KILLED.format(module=module, function=function)
     given = json.dumps([list(map(str, adapters)), str(out), MERGE | {"workers": 1}])
-    done = subprocess.run(
-        [sys.executable, "-c", source, str(count), given], capture_output=True, check=False
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    done = forking.run(["-c", source, str(count), given])
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert not out.exists()
     assert draft_path(out).is_dir()
     heard: list[events.Event] = []

@@ -34,6 +34,7 @@ from streammerge import events
 from streammerge.adapter import Adapter, NameTable
 from streammerge.budget import Budget
 from streammerge.errors import BudgetError, RecipeError
+from streammerge.kernels import shared
 from streammerge.output.space import find_scratch
 from streammerge.output.staging import Staging
 from streammerge.planner import make_plan
@@ -90,6 +91,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
         for kind, dtype, levels in (("normal", "F32", None), ("equals", "BF16", 2))
     }
     return made.__getitem__
+
+
+@pytest.fixture(autouse=True)
+def _few_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How well ctm's bases are found makes no difference here, and random ones take it long."""
+    monkeypatch.setattr(shared, "SWEEPS", 3)
 
 
 @pytest.fixture
