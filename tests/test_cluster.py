@@ -385,7 +385,7 @@ def test_a_task_that_costs_every_worker_its_life(
 ) -> None:
     monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES", "0")
     paths = heavy(tmp_path, targets=1, side=3000)
-    with cluster_of(tmp_path / "cluster", 1) as cluster:
+    with cluster_of(tmp_path / "cluster", 1, forked=False) as cluster:
 
         def strike() -> None:
             wait_until(lambda: list((tmp_path / ".out.streammerge").glob(".streammerge-*/*.part")))

@@ -64,4 +64,5 @@ def cast_to(dtype: torch.dtype, name: str, values: torch.Tensor) -> torch.Tensor
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """Return the memory of a contiguous tensor, of its copy where it lies on a device."""
-    return memoryview(tensor.cpu().view(torch.uint8).numpy().data).cast("B")
+    # Flat first: a column is contiguous whatever its last stride, and a view asks for 1.
+    return memoryview(tensor.cpu().view(-1).view(torch.uint8).numpy().data).cast("B")
