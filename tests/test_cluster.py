@@ -321,6 +321,7 @@ def test_a_late_worker_gets_work(long: Long, tmp_path: Path) -> None:
     assert len(busy) == 2
 
 
+@pytest.mark.long
 def test_a_late_worker_that_rounds_differently(
     long: Long, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

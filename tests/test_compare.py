@@ -326,7 +326,7 @@ def test_every_factor_of_the_sample_is_read_once(
 @pytest.mark.parametrize(
     "layers",
     [
-        pytest.param({"up": linear(3072, 2048, 16)}, id="tiles"),
+        pytest.param({"up": linear(3072, 2048, 16)}, id="tiles", marks=pytest.mark.long),
         pytest.param({"emb": embedding(512, 40_000, 32)}, id="factors"),
     ],
 )

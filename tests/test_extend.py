@@ -148,7 +148,7 @@ def test_the_page_s_own_test_passes(project: Path) -> None:
     pytest_passes(project, str(project / "test_strongest.py"), passed=1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("with_it")
 def test_it_passes_what_every_method_passes() -> None:
     names = ("strongest", "strongest_svd")
@@ -274,7 +274,6 @@ def test_resuming_under_another_version_is_refused(
     assert any(isinstance(event, events.Resumed) for event in resumed)
 
 
-@pytest.mark.slow
 def test_workers_that_lack_it_or_have_another_are_refused(
     installed: Path, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,11 +36,17 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     [
         (PLAIN, Fault("fsync", 1, errno.EIO, lasting=False), "failed"),
         (PLAIN, Fault("write", 9, errno.ENOSPC, lasting=True), "failed"),
-        (PLAIN, Fault("write", 1, SHORT, lasting=True), "unnoticed"),
-        (PLAIN, Fault("open", 29, errno.EMFILE, lasting=True), "failed"),
         (PLAIN, Fault("read", 1, SHORT, lasting=True), "unnoticed"),
+        pytest.param(
+            PLAIN, Fault("write", 1, SHORT, lasting=True), "unnoticed", marks=pytest.mark.long
+        ),
+        pytest.param(
+            PLAIN, Fault("open", 29, errno.EMFILE, lasting=True), "failed", marks=pytest.mark.long
+        ),
         (OVER, Fault("rename", 2, errno.EIO, lasting=False), "failed"),
-        (OVER, Fault("unlink", 3, errno.EPERM, lasting=True), "unnoticed"),
+        pytest.param(
+            OVER, Fault("unlink", 3, errno.EPERM, lasting=True), "unnoticed", marks=pytest.mark.long
+        ),
     ],
     ids=str,
 )

@@ -629,7 +629,10 @@ def test_the_plan_says_what_it_takes(saved: Saved) -> None:
     assert double.census.passes == 5
 
 
-@pytest.mark.parametrize("case", ["ties@factor", "breadcrumbs@delta", "ties@knots"])
+@pytest.mark.parametrize(
+    "case",
+    ["ties@factor", pytest.param("breadcrumbs@delta", marks=pytest.mark.long), "ties@knots"],
+)
 def test_a_merge_under_a_hard_cap(case: str, tmp_path: Path) -> None:
     """In the smallest budget, of which a group of adapters takes as much as there is."""
     layers = {"wide": linear(768, 2048, 16), "tall": linear(1536, 512, 16)}

@@ -264,6 +264,7 @@ def logs(site: Path) -> str:
     return "\n".join(path.read_text() for path in sorted(site.rglob("*.log")))
 
 
+@pytest.mark.long
 def test_a_job_that_ends_is_made_up_for(site: Path) -> None:
     """One is cancelled in the middle of a merge, by another client than the one that adapts."""
     from dask_jobqueue import SLURMCluster
@@ -307,7 +308,7 @@ ALLOCATION = {
 """What SLURM would say to a job with two tasks of one CPU and 1 GiB."""
 
 
-@pytest.mark.parametrize("spoilt", [False, True])
+@pytest.mark.parametrize("spoilt", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_one_allocation(spoilt: bool, site: Path) -> None:
     """The same bytes, or the exit code of what went wrong; nothing is left of either."""
     script = site / "job.sh"

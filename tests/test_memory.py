@@ -69,7 +69,14 @@ def test_a_merge_under_a_hard_cap(
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "free" / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize("method", ["ties_svd", "ctm", "tsv"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("ties_svd", marks=pytest.mark.long),
+        pytest.param("ctm", marks=pytest.mark.long),
+        "tsv",
+    ],
+)
 def test_targets_of_many_shapes_under_a_hard_cap(method: str, tmp_path: Path) -> None:
     """What one target has left in the heap is room for the next one, not beside it."""
     shapes = (linear(768, 2048, 80), linear(2048, 512, 80), linear(1536, 2048, 16))

@@ -230,7 +230,7 @@ def has_member() -> bool:
 
 
 @pytest.mark.usefixtures("sharing")
-@pytest.mark.parametrize("who", ["a member", "the leader"])
+@pytest.mark.parametrize("who", [pytest.param("a member", marks=pytest.mark.long), "the leader"])
 def test_one_of_a_team_is_killed(who: str, tmp_path: Path) -> None:
     layers = {f"model.{i}": linear(4000, 2500, 8) for i in range(4)}
     paths = [str(write_adapter(tmp_path / f"in{i}", layers, seed=i)) for i in range(3)]
