@@ -17,7 +17,7 @@ from streammerge.budget import CPU, format_size, parse_duration, peak_bytes
 from streammerge.consolidation import consolidate
 from streammerge.errors import PublishedError, StoppedError, printable
 from streammerge.notebook import card
-from streammerge.notices import of_modules
+from streammerge.notices import module_notices
 from streammerge.output.record import write_timings
 from streammerge.output.staging import Staging, check_output
 from streammerge.plans import SHOWN, Plan
@@ -396,7 +396,7 @@ def merge(
             # Told before it is cleared up, where an interrupt is none any more.
             tell(events.Published(os.fspath(output), planned.write_bytes))
     late = [
-        *of_modules(modules, planned),
+        *module_notices(modules, planned),
         *(f"{left}; the next merge clears up" for left in staging.left),
     ]
     for notice in late:

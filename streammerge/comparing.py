@@ -32,7 +32,7 @@ from streammerge.errors import (
     RefusedError,
     StreammergeError,
 )
-from streammerge.notices import of_last_steps
+from streammerge.notices import unsettled_notices
 from streammerge.planner import fitted, make_plan, resolve_method
 from streammerge.planner.align import align
 from streammerge.planner.checks import check_bases, partial_targets, unwanted_targets
@@ -173,7 +173,7 @@ def compare(
             *check_bases(manifests, next(iter(recipes.values()))),
             *partial_targets(manifests, alignment),
             *_unwanted(plan),
-            *(notice for name, pairs in found.items() for notice in _restless(plans[name], pairs)),
+            *(notice for name, pairs in found.items() for notice in _unsettled(plans[name], pairs)),
         ),
     )
 
@@ -286,18 +286,20 @@ def _measure(
 
 
 def _unwanted(plan: Plan) -> list[str]:
+    """Say of which modules of the sample no adapter is wanted, whatever the method: a distance of 1
+    to each of their adapters would look like a fault."""
     weights = plan.sources.weight
     return unwanted_targets({task.target: weights[task.first : task.last] for task in plan.tasks})
 
 
-def _restless(plan: Plan, pairs: Sequence[MeasuredPair]) -> Iterator[str]:
+def _unsettled(plan: Plan, pairs: Sequence[MeasuredPair]) -> Iterator[str]:
     """Say of one method in which modules its iteration has not come to rest."""
     steps = {
         task.target: pair.last_step
         for task, pair in zip(plan.tasks, pairs, strict=True)
         if pair.last_step is not None
     }
-    return of_last_steps(steps, plan, told="the figures for machines say of how much in each")
+    return unsettled_notices(steps, plan, told="`last_step` in --json says of how much in each")
 
 
 def _summed(name: str, plan: Plan, pairs: Sequence[MeasuredPair]) -> ComparedMethod:

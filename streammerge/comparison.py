@@ -32,7 +32,8 @@ class ComparedModule:
     """False where the iteration for the bases (`ctm`), or for the weights of the deltas
     (`karcher`), used up its steps before it came to rest."""
     last_step: float | None
-    """How far its last step went then, as an angle."""
+    """How far its last step went then: of bases the norm of the sines of the angles, of weights an
+    angle; None where it came to rest, or where nothing was iterated."""
     seconds: float
     """On one core."""
 

@@ -89,8 +89,12 @@ def thin_qr(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q, r.to(matrix.dtype)
 
 
-def triangle(matrix: torch.Tensor) -> torch.Tensor:
-    """Return R of `thin_qr` alone, in float64: half of the work."""
+def qr_triangle(matrix: torch.Tensor) -> torch.Tensor:
+    """Return R, n × n, of an m × n matrix, as `thin_qr` finds it, without Q: half of the work.
+
+    It is found in the matrix's dtype, but for what blocks of rows are put together in, and returned
+    in float64.
+    """
     blocks = _row_blocks(matrix)
     if len(blocks) > 1:
         matrix = torch.cat([torch.linalg.qr(block, mode="r").R for block in blocks]).double()
@@ -130,14 +134,19 @@ def truncate_product(b: torch.Tensor, a: torch.Tensor, rank: int) -> Truncation:
 def truncate_matrix(matrix: torch.Tensor, rank: int) -> Truncation:
     """Return the leading `rank` triples of a matrix with one small side.
 
-    The triangle R of its QR has its singular values and right singular vectors V, and M·V is U·S.
-    Its rounding is that of the largest value, of which a small one's vector of U would be full: it
-    is made orthogonal to those before it.
+    The triangle of its QR has its singular values and right singular vectors V, and M·V is U·S.
+    M·V has rounding of the size of the largest value, which would spoil the vectors of small ones:
+    its QR, whose signs are turned to those of M·V, removes their part along the earlier ones. (With
+    as many triples as there are values this takes longer than Q of the matrix itself would.)
+
+    Args:
+        matrix: m × n.
+        rank: of the result; zero triples fill it up where the matrix has fewer singular values.
     """
     if matrix.shape[0] < matrix.shape[1]:
         turned = truncate_matrix(matrix.mT, rank)
         return replace(turned, u=turned.v, v=turned.u)
-    _, s, right = torch.linalg.svd(triangle(matrix), full_matrices=False)
+    _, s, right = torch.linalg.svd(qr_triangle(matrix), full_matrices=False)
     kept = min(rank, len(s))
     v = right[:kept].mT.to(matrix.dtype).contiguous()
     q, turn = thin_qr(matrix @ v)
@@ -146,7 +155,7 @@ def truncate_matrix(matrix: torch.Tensor, rank: int) -> Truncation:
 
 
 def _padded(u: torch.Tensor, s: torch.Tensor, v: torch.Tensor, rank: int) -> Truncation:
-    """Return the leading triples, of all singular values; with zero ones where there are fewer."""
+    """Return `rank` triples: those of u and v, and zero ones; s holds all singular values."""
     kept, squares = u.shape[1], s.square()
     return Truncation(
         u=pad(u, (0, rank - kept)),

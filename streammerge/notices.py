@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING
 
 from streammerge.plans import Plan
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # it loads torch
     from streammerge.finish import ModuleReport
 
 
-def of_modules(modules: Sequence[ModuleReport], planned: Plan) -> list[str]:
+def module_notices(modules: Sequence[ModuleReport], planned: Plan) -> list[str]:
     """Return what is to be said of a merge's modules."""
     steps = {module.target: module.last_step for module in modules if module.last_step}
     return [
         *_short([module.target for module in modules if not module.rank_reached], planned),
         *_missed([module.target for module in modules if not module.converged]),
         *_undecided([module.target for module in modules if not module.basis_unique]),
-        *of_last_steps(steps, planned, told="streammerge.json says of how much in each"),
+        *unsettled_notices(steps, planned, told="streammerge.json says of how much in each"),
     ]
 
 
-def of_last_steps(steps: Mapping[str, float], planned: Plan, *, told: str) -> Iterator[str]:
+def unsettled_notices(steps: Mapping[str, float], planned: Plan, *, told: str) -> Iterator[str]:
     """Say of iterations that they have used up their steps.
 
     Args:

@@ -13,23 +13,28 @@ import gc
 import json
 import os
 import runpy
-import select
 import selectors
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 _IMPORTED = ("torch", "distributed.cli.dask_worker", "streammerge.cli", "streammerge.executors")
 _LONGEST = 2**17
+_ENVIRONMENT = dict(os.environ)
+"""As it is before any test has changed it."""
+
+PATIENCE = 60
 
 
 class Forked:
-    """A process; what it has of `subprocess.Popen` is the same."""
+    """A process; what it has of `subprocess.Popen` is the same. At the end of a `with` block it is
+    killed, if it is still there."""
 
     def __init__(self, arguments: Sequence[str], *, stdout: BinaryIO, stderr: BinaryIO) -> None:
         """Begin what follows `python`, with these files."""
@@ -53,23 +58,38 @@ class Forked:
     def send_signal(self, number: int) -> None:
         """Send it a signal, if it is still there."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def __enter__(self) -> Forked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self.wait()
 
     def kill(self) -> None:
         """Kill it."""
         self.send_signal(signal.SIGKILL)
 
     def _ended(self, timeout: float | None) -> int | None:
-        if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
+        if self.returncode is None:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._status, selectors.EVENT_READ)
+                if not selector.select(timeout):
+                    return None
             with self._status:
-                self.returncode = int(self._status.read())
+                said = self._status.read()
+            # Of what has lost its server it is not known, and that it was no success is.
+            self.returncode = int(said or -signal.SIGKILL)
         return self.returncode
 
 
 def run(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Run it to its end, and return what it said."""
     with TemporaryFile() as stdout, TemporaryFile() as stderr:
-        code = Forked(arguments, stdout=stdout, stderr=stderr).wait()
+        with Forked(arguments, stdout=stdout, stderr=stderr) as process:
+            code = process.wait()
         for file in (stdout, stderr):
             file.seek(0)
         said = [file.read().decode() for file in (stdout, stderr)]
@@ -83,7 +103,7 @@ class _Server:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                env={**_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)},
             )
         self._socket = ours
 
@@ -98,28 +118,36 @@ class _Server:
         }
         message = json.dumps(asked).encode()
         assert len(message) <= _LONGEST
-        socket.send_fds(self._socket, [message], [theirs, *files])
-        os.close(theirs)
-        pid = int(self._socket.recv(_LONGEST) or self._lost())
-        return os.fdopen(mine, "rb"), pid
+        status = os.fdopen(mine, "rb")
+        try:
+            socket.send_fds(self._socket, [message], [theirs, *files])
+            pid = int(self._socket.recv(_LONGEST))
+        except (OSError, ValueError) as error:
+            status.close()
+            code = self._process.wait(PATIENCE)
+            raise AssertionError(f"the server ended with {code}: see its traceback") from error
+        finally:
+            os.close(theirs)
+        return status, pid
 
-    def _lost(self) -> int:
-        raise AssertionError(f"the server ended with {self._process.wait()}: see its traceback")
+    def ended(self) -> bool:
+        """Whether it has come to its end, which it does only by a fault."""
+        return self._process.poll() is not None
 
     def close(self) -> None:
         """End it."""
         self._socket.close()
-        self._process.wait()
+        self._process.wait(PATIENCE)
 
 
 _servers: list[_Server] = []
 
 
 def _server() -> _Server:
-    if not _servers:
+    if not _servers or _servers[-1].ended():
         _servers.append(_Server())
-        atexit.register(_servers[0].close)
-    return _servers[0]
+        atexit.register(_servers[-1].close)
+    return _servers[-1]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -136,7 +164,8 @@ def _serve(asking: socket.socket) -> dict[str, Any] | None:
             if key.fd in running:
                 pid, status = running.pop(key.fd)
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                os.write(status, str(code).encode())
+                with suppress(BrokenPipeError):  # nobody wants to know
+                    os.write(status, str(code).encode())
                 selector.unregister(key.fd)
                 os.close(status)
                 os.close(key.fd)
@@ -171,7 +200,8 @@ def _become(asked: dict[str, Any]) -> None:
     os.chdir(asked["folder"])
     os.environ.clear()
     os.environ.update(asked["environment"])
-    sys.stdin, sys.stdout, sys.stderr = map(os.fdopen, range(3), "rww")
+    sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
     sys.path[:] = asked["path"]
     kind, what, *rest = asked["arguments"]
     sys.argv = [kind, *rest]

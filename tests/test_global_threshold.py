@@ -523,8 +523,10 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
 def test_stopped_in_the_census(how: str, command: Command, tmp_path: Path) -> None:
     out = tmp_path / "out"
     limit = ["--time-limit", "0.3s"] if how == "time limit" else []
-    with (tmp_path / "said").open("w+b") as said:
-        process = Forked([*command.words, str(out), *limit], stdout=said, stderr=said)
+    with (
+        (tmp_path / "said").open("w+b") as said,
+        Forked([*command.words, str(out), *limit], stdout=said, stderr=said) as process,
+    ):
         if not limit:
             while not journal_path(out).exists():
                 assert process.poll() is None
@@ -660,6 +662,10 @@ def test_many_adapters(tmp_path: Path) -> None:
         str(write_random(tmp_path / f"{i:04d}", layers, seed=i, dtype="BF16")) for i in range(300)
     ]
     budget = 360 * MIB
+    with pytest.raises(errors.BudgetError) as refused:
+        streammerge.plan(paths, method="ties", density=0.2, max_memory="1MiB", workers=1, **GLOBAL)
+    least = refused.value.projected_bytes
+    assert least + Budget(0, "", threads=1).reserved_bytes < budget
     arguments = [
         "merge", *paths, "-o", str(tmp_path / "out"), "--method=ties", "--density=0.2",
         "--threshold-scope=global", f"--max-memory={budget}", "--workers=1",

@@ -75,6 +75,7 @@ def test_a_merge_under_a_hard_cap(
         pytest.param("ties_svd", marks=pytest.mark.long),
         pytest.param("ctm", marks=pytest.mark.long),
         "tsv",
+        "karcher",
     ],
 )
 def test_targets_of_many_shapes_under_a_hard_cap(method: str, tmp_path: Path) -> None:

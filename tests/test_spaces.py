@@ -303,6 +303,19 @@ def test_bases_have_one_sign_and_order(case: str, rooted: bool) -> None:
     assert bool((largest > 0).all())
 
 
+@pytest.mark.parametrize("space", ["core", "knots"])
+@pytest.mark.parametrize("apart", [1e-4, 1e-8, 1e-11])
+def test_small_directions_cost_no_digits(apart: float, space: str) -> None:
+    """A rule that keeps all makes the weighted sum, however near the adapters are to each other."""
+    drawn = np.random.default_rng(3)
+    a, b = drawn.standard_normal((4, 200)), drawn.standard_normal((300, 4))
+    near = [x + apart * drawn.standard_normal(x.shape) for x in (a, b)]
+    adapters = [Source(a, b, 1.0), Source(*near, 1.0)]
+    target, _ = merge(adapters, (1.0, -0.7), "magnitude_prune", space, density=1.0, **EXACT)
+    expected = adapters[0].delta - 0.7 * adapters[1].delta
+    assert relative_error(target.delta, expected) < 2e-11
+
+
 @pytest.mark.parametrize("columns", [0, 1])
 def test_one_direction_has_no_other_near_it(columns: int) -> None:
     stack = torch.zeros(5, 2, dtype=torch.float64)

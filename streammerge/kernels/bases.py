@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from streammerge.kernels.each import Each
 from streammerge.kernels.grams import gram, gram_of_parts, multiply
-from streammerge.lowrank import triangle
+from streammerge.lowrank import thin_qr
 from streammerge.planner.memory import SIGNED
 from streammerge.spaces.bases import ROUNDING
 from streammerge.tiling import GRAM_ROWS
@@ -139,22 +139,19 @@ def _by_qr(
     del each
     for part, other in zip(_parts(stack.mT, widths, roots), roots or (), strict=True):
         part.copy_(other.mT @ part)
-    if stack.shape[1] > stack.shape[0]:
+    side, columns = stack.shape
+    if columns > side:
         # X·L = Rᵀ·Qᵀ, and Q is not wanted.
-        vectors, values, _ = torch.linalg.svd(triangle(stack.mT).mT)
-        kept = _finite_count(values)
-        return vectors[:, :kept], values[:kept]
-    # X·L·V = U·S. A vector of a small value has an error of 1e-16·(the largest over it), but what
-    # it carries is of the size of that value.
-    _, values, turned = torch.linalg.svd(triangle(stack))
-    kept = _finite_count(values)
-    return stack @ (turned[:kept].mT / values[:kept]), values[:kept]
-
-
-def _finite_count(values: torch.Tensor) -> int:
+        triangle = torch.linalg.qr(stack.mT, mode="r").R
+        vectors, values, _ = torch.linalg.svd(triangle.mT)
+    else:
+        q, triangle = thin_qr(stack)
+        left, values, _ = torch.linalg.svd(triangle)
+        vectors = q @ left
     if not math.isfinite(float(values.sum())):
         raise FloatingPointError("factors overflow: their norm is not finite")
-    return _count(values, values.dtype)
+    kept = _count(values, stack.dtype)
+    return vectors[:, :kept], values[:kept]
 
 
 def _count(values: torch.Tensor, dtype: torch.dtype) -> int:

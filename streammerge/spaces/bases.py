@@ -23,7 +23,7 @@ def coordinates(basis: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     Raises:
         FloatingPointError: a column's length is not finite.
     """
-    # The wide matrix stands on the right: in float64 that takes half the time.
+    # The basis, wider than a factor, stands on the right: in float64 that takes half the time.
     found = (factor.mT @ basis).mT.contiguous()
     # In float64, for a norm may overflow where no element does, and all would be below it.
     lengths = torch.linalg.vector_norm(factor, dim=0, dtype=torch.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -102,8 +102,15 @@ def measure_pair(job: Job, task: Task, window: Window) -> MeasuredPair:
         dtype = job.output_dtype
         rank = task.rank if certificate is None else certificate.rank
         pair = (b.matrix(dtype, task.m), a.matrix(dtype, rank))
-        found = _measured(job, task, window, pair, certificate)
-        return replace(found, last_step=unsettled or None, seconds=seconds)
+        return _measured(
+            job,
+            task,
+            window,
+            pair,
+            certificate=certificate,
+            last_step=unsettled or None,
+            seconds=seconds,
+        )
 
 
 def _measured(
@@ -111,7 +118,10 @@ def _measured(
     task: Task,
     window: Window,
     pair: tuple[torch.Tensor, torch.Tensor],
+    *,
     certificate: Certificate | None,
+    last_step: float | None,
+    seconds: float,
 ) -> MeasuredPair:
     rank = len(pair[1])
     b, a = map(_rows_of, pair)
@@ -149,8 +159,8 @@ def _measured(
         on_inputs=tuple(one.on_inputs for one in found),
         energy=energy(gram_b, gram_a),
         relative_error=certificate.relative_error if certificate else None,
-        last_step=None,
-        seconds=0.0,
+        last_step=last_step,
+        seconds=seconds,
     )
 
 

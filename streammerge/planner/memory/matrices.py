@@ -30,7 +30,7 @@ def gram_bytes(shape: Shape, lanes: int) -> int:
 
 
 def dense_bytes(shape: Shape) -> int:
-    """The merged matrix, its QR, and the SVD of what is left, in float64."""
+    """The merged matrix, what its QR is made in, and the SVD of the triangle, in float64."""
     small = shape.small
     return 3 * shape.m * shape.n * shape.item + 8 * small * small * 8 + pair_bytes(shape)
 
