@@ -29,6 +29,7 @@ def with_coefficients(work: Work) -> Work:
 
     groups = inner_groups(ranks, work.task.m + work.task.n)
     products = inner_products(groups, stacks, ranks, work.each)
+    work.end_phase()
     scalings = torch.tensor(sources.scalings, dtype=torch.float64)
     products *= torch.outer(scalings, scalings)
     if not bool(torch.isfinite(products).all()):

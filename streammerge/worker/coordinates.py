@@ -39,6 +39,8 @@ def _in_left_basis(work: Work) -> tuple[Basis, Coordinates | None]:
 
     roots = list(work.each(root, range(len(sources))))
     left = left_basis(*_stacked(work, "B"), roots, work.each)
+    del roots
+    work.end_phase()
     if not left.vectors.shape[1]:
         return left, None
     b = list(work.each(lambda i: _left(work, i, left), range(len(sources))))
@@ -75,6 +77,7 @@ def _in_both_bases(work: Work) -> tuple[Basis, Basis, Coordinates | None]:
     total = sum(_ranks(work))
     left = left_basis(*_stacked(work, "B"), None, work.each)
     right = left_basis(*_stacked(work, "A"), None, work.each)
+    work.end_phase()
     planned = min(work.task.m, total), min(work.task.n, total)
     return left, right, _cores(work, "core", left, right, planned)
 
@@ -92,6 +95,7 @@ def _in_shared_bases(work: Work) -> tuple[Basis, Basis, Coordinates | None]:
         each=work.each,
         check=work.job.check,
     )
+    work.end_phase()
     return left, right, _cores(work, "ctm", left, right, (rank, rank))
 
 

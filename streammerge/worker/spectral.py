@@ -74,6 +74,8 @@ def _stacked(
         for whole, part in ((u, found.u), (s, found.s), (v, found.v)):
             whole[..., filled : filled + count] = part[..., :count]
         filled += count
+    del found
+    work.end_phase()
     return u[:, :filled], s[:filled], v[:, :filled]
 
 

@@ -16,7 +16,10 @@ from streammerge.plans import Task
 from streammerge.spaces.exact import stack_weights
 from streammerge.worker.encode import Sink
 from streammerge.worker.factors import TargetSources
-from streammerge.worker.job import Job
+from streammerge.worker.job import Job, give_back
+
+LARGE_BYTES = 32 * 1024**2
+"""Targets that are planned with more give memory back between their phases."""
 
 Part = tuple[Any, ...]
 """What of a target is meant: ("stream", i), the tiles of delta i; ("variation",), the variance over
@@ -81,6 +84,16 @@ class Work:
             return None
         assert self.job.cuts is not None, "thresholds over whole adapters are found before"
         return self.job.cuts.quotas(self.task.target, self.sources.positions, tensor)
+
+    def end_phase(self) -> None:
+        """Give back what a phase has left in the heap, before the next one takes its own.
+
+        A task is projected at the larger of two phases where both hold large blocks; the small ones
+        of the first would stay beside those of the second. What a small target leaves is within
+        its slack, and giving it back would take longer than it is worth.
+        """
+        if self.task.projected_bytes > LARGE_BYTES:
+            give_back()
 
     @property
     def weights(self) -> Sequence[float]:
