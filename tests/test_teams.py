@@ -20,6 +20,7 @@ from making import CONFIG, WEIGHTS, linear, write_adapter
 from streammerge import errors, events
 from streammerge.adapter import NameTable
 from streammerge.budget import MIB
+from streammerge.executors import team as teams
 from streammerge.executors.serial import run_serial
 from streammerge.kernels.each import Over
 from streammerge.planner import fit
@@ -224,9 +225,7 @@ def held_by(cluster: LocalCluster) -> list[str]:
 
 
 def has_member() -> bool:
-    from streammerge.executors import team
-
-    return any(seat.taken for seat in team._SEATS.values())
+    return any(seat.taken for seat in teams._SEATS.values())
 
 
 @pytest.mark.usefixtures("sharing")
@@ -374,3 +373,26 @@ def test_members_of_two_threads(sources: list[str], tmp_path: Path) -> None:
         )
     assert [(task.team, task.lanes) for task in result.plan.tasks] == [(2, 2), (1, 1)]
     assert files(tmp_path / "out") == files(tmp_path / "serial")
+
+
+def test_what_is_lost_with_a_member_before_it_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its future was done, is not any more, and would never be again."""
+
+    class Fetched:
+        tries = 0
+
+        def done(self) -> bool:
+            return self.tries == 0
+
+        def result(self, timeout: float) -> str:
+            assert timeout < 10
+            self.tries += 1
+            raise TimeoutError
+
+    monkeypatch.setattr(teams, "wait_for", lambda _: None)
+    monkeypatch.setattr(teams.Team, "_check", lambda _: None)
+    lost = object.__new__(teams.Team)
+    lost._members = []
+    future: Any = Fetched()
+    assert lost._answer("tcp://gone", future) is None
+    assert future.tries == 1

@@ -159,16 +159,23 @@ class Team:
         return self._client.submit(function, *args, key=key, workers=[member], pure=False)
 
     def _answer(self, member: str, future: Future[Any]) -> Path | None:
-        """Wait for the file with a member's results; None if the member is lost."""
-        while not future.done():
+        """Wait for the file with a member's results; None if the member is lost.
+
+        What was done may be lost with the member before it is fetched, and nobody else may do it
+        again: so it is asked for again and again whether the member is there.
+        """
+        while True:
             wait_for([future])
             self._check()
+            if future.done():
+                try:
+                    return Path(future.result(timeout=POLL_SECONDS))
+                except TimeoutError:
+                    continue
+                except CancelledError:
+                    return None
             if member not in self._members:
                 return None
-        try:
-            return Path(future.result())
-        except CancelledError:
-            return None
 
     def _check(self) -> None:
         """Leave out members that are lost, or take no work.
