@@ -201,7 +201,8 @@ def _become(asked: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(asked["environment"])
     sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
-    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
+    # By lines and whatever it holds, as Python's own: what was said before a kill is there.
+    sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace")
     sys.path[:] = asked["path"]
     kind, what, *rest = asked["arguments"]
     sys.argv = [kind, *rest]
