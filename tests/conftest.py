@@ -26,6 +26,21 @@ def real_adapters() -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def small_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is reserved for this process does not grow with the tests that it has run.
+
+    It is measured in steps, so that two plans made one after the other may differ where a test
+    that ran before has brought the process near to the next step. Merges in processes of their
+    own measure them.
+    """
+    from streammerge import worker  # reads the environment that is set above
+    from streammerge.budget import PROCESS_BYTES
+
+    measure = worker.measure_process
+    monkeypatch.setattr(worker, "measure_process", lambda *rules: measure(*rules) and PROCESS_BYTES)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _has_cuda():

@@ -389,12 +389,6 @@ class TestRefusals:
 
 
 class TestStream:
-    @pytest.fixture
-    def small_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What this process holds by itself does not grow with the tests that it has run."""
-        monkeypatch.setattr("streammerge.worker.measure_process", lambda *_: 256 * 2**20)
-
-    @pytest.mark.usefixtures("small_process")
     @pytest.mark.parametrize(
         ("method", "options"),
         [("linear", {}), ("ties_svd", {"density": 0.3}), ("svd", {"rank": 4}), ("cat", {})],
@@ -419,7 +413,6 @@ class TestStream:
         assert len(hub.requests(server=CDN)) == len(ids) * (1 + len(layers))
         assert not (tmp_path / "home").exists()
 
-    @pytest.mark.usefixtures("small_process")
     def test_what_is_fetched_is_in_the_plan(self, hub: HubServer, tmp_path: Path) -> None:
         layers = {"layer": linear(4096, 4096, 64)}
         paths = [write_adapter(tmp_path / f"a{i}", layers, seed=i, dtype="F16") for i in range(8)]
