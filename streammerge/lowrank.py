@@ -65,6 +65,19 @@ def residual_excess(missed: float, lost: float) -> float:
     return 1.0 - math.sqrt(max(0.0, 1.0 - missed / lost))
 
 
+def tall_product(tall: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
+    """Return tall·small, taken the other way round and turned back: columns lie side by side.
+
+    In float64 MKL takes two to ten times as long for a tall matrix on the left as for a wide one
+    on the right; in float32 it is the same.
+
+    Args:
+        tall: m × k.
+        small: k × r.
+    """
+    return (small.mT @ tall.mT).mT
+
+
 def thin_qr(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return Q and R of a matrix; a tall one by blocks of rows, whose R's are decomposed again.
 
@@ -85,7 +98,7 @@ def thin_qr(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     q_above, r = torch.linalg.qr(torch.cat(triangles).double())
     above = torch.split(q_above.to(matrix.dtype), [len(triangle) for triangle in triangles])
     for part, turn in zip(parts, above, strict=True):
-        part.copy_(part[:, : len(turn)] @ turn)
+        part.copy_(tall_product(part[:, : len(turn)], turn))
     return q, r.to(matrix.dtype)
 
 
@@ -121,7 +134,8 @@ def truncate_product(b: torch.Tensor, a: torch.Tensor, rank: int) -> Truncation:
     q_a, r_a = thin_qr(a.mT)
     left, s, right = torch.linalg.svd(r_b.double() @ r_a.double().mT, full_matrices=False)
     kept = min(rank, len(s))
-    u, v = (q @ p[:, :kept].to(q.dtype) for q, p in ((q_b, left), (q_a, right.mT)))
+    sides = ((q_b, left), (q_a, right.mT))
+    u, v = (tall_product(q, turn[:, :kept].to(q.dtype)) for q, turn in sides)
     triples = _padded(u, s, v, rank)
     lengths = torch.linalg.vector_norm(b, dim=0).double() * torch.linalg.vector_norm(a, dim=1)
     noise = NOISE * torch.finfo(b.dtype).eps * float(lengths.sum())
@@ -148,8 +162,8 @@ def truncate_matrix(matrix: torch.Tensor, rank: int) -> Truncation:
         return replace(turned, u=turned.v, v=turned.u)
     _, s, right = torch.linalg.svd(qr_triangle(matrix), full_matrices=False)
     kept = min(rank, len(s))
-    v = right[:kept].mT.to(matrix.dtype).contiguous()
-    q, turn = thin_qr(matrix @ v)
+    v = right[:kept].mT.to(matrix.dtype)
+    q, turn = thin_qr(tall_product(matrix, v))
     u = (q * torch.where(turn.diagonal() < 0, -1, 1)).contiguous()
     return _padded(u, s, v, rank)
 

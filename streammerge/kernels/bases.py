@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from streammerge.kernels.each import Each
 from streammerge.kernels.grams import gram, gram_of_parts, multiply
-from streammerge.lowrank import thin_qr
+from streammerge.lowrank import tall_product, thin_qr
 from streammerge.planner.memory import SIGNED
 from streammerge.spaces.bases import ROUNDING
 from streammerge.tiling import GRAM_ROWS
@@ -147,7 +147,7 @@ def _by_qr(
     else:
         q, triangle = thin_qr(stack)
         left, values, _ = torch.linalg.svd(triangle)
-        vectors = q @ left
+        vectors = tall_product(q, left)
     if not math.isfinite(float(values.sum())):
         raise FloatingPointError("factors overflow: their norm is not finite")
     kept = _count(values, stack.dtype)

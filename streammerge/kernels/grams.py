@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import pad
 
 from streammerge.kernels.each import Each
-from streammerge.lowrank import NOISE, Truncation
+from streammerge.lowrank import NOISE, Truncation, tall_product
 from streammerge.tiling import gram_blocks, gram_rows
 
 
@@ -113,8 +113,7 @@ def multiply(x: torch.Tensor, weights: torch.Tensor, each: Each) -> torch.Tensor
     result = x.new_empty(len(x), weights.shape[1])
 
     def rows(span: tuple[int, int]) -> None:
-        part = x[slice(*span)].double() @ weights
-        result[slice(*span)] = part
+        result[slice(*span)] = tall_product(x[slice(*span)].double(), weights)
 
     for _ in each(rows, gram_rows(len(x))):
         pass

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from streammerge.lowrank import tall_product
 from streammerge.rules.spectrum import count_nonzero
 
 
@@ -38,7 +39,7 @@ def triples(b: torch.Tensor, a: torch.Tensor) -> Triples:
     q_a, r_a = torch.linalg.qr(a.mT)
     u, s, vt = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
     kept = count_nonzero(s)
-    return Triples(q_b @ u[:, :kept], s[:kept], q_a @ vt[:kept].mT)
+    return Triples(tall_product(q_b, u[:, :kept]), s[:kept], tall_product(q_a, vt[:kept].mT))
 
 
 def triangle(blocks: Iterable[torch.Tensor]) -> torch.Tensor:

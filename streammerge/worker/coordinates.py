@@ -10,7 +10,7 @@ import torch
 
 from streammerge.kernels.bases import Basis, left_basis, square_root
 from streammerge.kernels.shared import shared_bases
-from streammerge.lowrank import Truncation
+from streammerge.lowrank import Truncation, tall_product
 from streammerge.planner.routes import whole_side
 from streammerge.spaces.core import core_factors
 from streammerge.spaces.delta import delta_sample, delta_tile
@@ -27,7 +27,7 @@ def merge_in_left_basis(work: Work) -> Truncation:
     if seen is None:
         return _nothing(work, left)
     triples = _merge(work, seen)
-    return _seen_in(replace(triples, u=left.vectors @ triples.u), left)
+    return _seen_in(replace(triples, u=tall_product(left.vectors, triples.u)), left)
 
 
 def _in_left_basis(work: Work) -> tuple[Basis, Coordinates | None]:
@@ -68,8 +68,8 @@ def _merge_cores(work: Work, left: Basis, right: Basis, seen: Coordinates | None
     if seen is None:
         return _nothing(work, left, right)
     triples = _merge(work, seen)
-    back = replace(triples, u=left.vectors @ triples.u, v=right.vectors @ triples.v)
-    return _seen_in(back, left, right)
+    u, v = tall_product(left.vectors, triples.u), tall_product(right.vectors, triples.v)
+    return _seen_in(replace(triples, u=u, v=v), left, right)
 
 
 def _in_both_bases(work: Work) -> tuple[Basis, Basis, Coordinates | None]:
