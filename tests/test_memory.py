@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+import forking
 import streammerge
 from capped import MIB, run_cli, task_peaks
 from dialects import pairs, write_mlx
 from making import PREFIX, Layer, embedding, encode, linear, write_adapter
 from names import PAIRS, chosen, most, rule_of, space_of
 from streammerge import draw, errors
-from streammerge.budget import Budget, granted_by_machine, parse_size
+from streammerge.budget import PROCESS_BYTES, Budget, granted_by_machine, parse_size
 from streammerge.kernels.thresholds import PANEL_GATHERED
 from streammerge.planner.memory import buffers
 from streammerge.tiling import PANELS
@@ -95,6 +96,26 @@ def smallest_budget(adapters: list[str], method: str, **more: Any) -> int:
     with pytest.raises(errors.BudgetError) as refused:
         streammerge.plan(adapters, max_memory="1MiB", **{**options(method), **more})
     return refused.value.projected_bytes + Budget(0, "", threads=1).reserved_bytes
+
+
+def test_a_process_that_holds_more_reserves_more(tmp_path: Path) -> None:
+    """What a process has taken before the merge is measured; in this one a fixture keeps it low."""
+    adapters = make(tmp_path / "in", 2, {"layer": linear(64, 64, 4)})
+    code = f"""
+import streammerge
+
+def reserved():
+    return streammerge.plan({adapters!r}, max_memory="4GiB", workers=1).reserved_bytes
+
+least = reserved()
+held = b"1" * (500 * {MIB})
+print(least, reserved())
+"""
+    run = forking.run(["-c", code])
+    assert run.returncode == 0, run.stderr
+    least, more = map(int, run.stdout.split())
+    assert least == Budget(0, "", threads=1).reserved_bytes
+    assert 400 * MIB < more - PROCESS_BYTES < 600 * MIB
 
 
 def test_the_named_budget_is_that_of_a_fresh_process(tmp_path: Path) -> None:
