@@ -293,8 +293,10 @@ def test_bases_have_one_sign_and_order(case: str, rooted: bool) -> None:
                 square_root(torch.from_numpy(s.a.copy()).to(dtype), s.scaling, map)
                 for s in adapters
             ]
-            basis = left_basis(stack, widths, roots if rooted else None, map)
+            basis, seen = left_basis(stack, widths, roots if rooted else None, map)
             found.append(basis.vectors.double())
+            projected = [seen.turn.mT @ factor for factor in seen.factors]
+            torch.testing.assert_close(torch.cat(projected, 1), basis.vectors.mT @ stack)
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0, atol=1e-5)
     identity = torch.eye(found[0].shape[1], dtype=torch.float64)
@@ -320,7 +322,7 @@ def test_small_directions_cost_no_digits(apart: float, space: str) -> None:
 def test_one_direction_has_no_other_near_it(columns: int) -> None:
     stack = torch.zeros(5, 2, dtype=torch.float64)
     stack[1, :columns] = 3.0
-    basis = left_basis(stack, [2], None, map)
+    basis, _ = left_basis(stack, [2], None, map)
     assert basis.vectors.shape == (5, columns)
     assert (basis.gap, basis.unsettled) == (1.0, 0.0)
 

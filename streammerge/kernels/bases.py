@@ -40,19 +40,32 @@ class Basis:
     it has settled, or nothing is iterated."""
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A basis U and the X's that it was found from, without the columns Q that they share.
+
+    U = Q·turn and X_t = Q·R_t, so that Uᵀ·X_t = turnᵀ·R_t; where nothing is shared turn is U.
+    """
+
+    turn: torch.Tensor
+    """Orthonormal columns, k of them."""
+    factors: Sequence[torch.Tensor]
+    """Each R_t, as wide as X_t."""
+
+
 Roots = Sequence[torch.Tensor]
 
 
 def left_basis(
     stack: torch.Tensor, widths: Sequence[int], roots: Roots | None, each: Each
-) -> Basis:
+) -> tuple[Basis, Seen]:
     """Return a basis of [X_1·L_1 … X_N·L_N]: of X itself where there are no L's.
 
     In float32 from the smaller of the two Gram matrices, in float64, which squares the condition
     and so has the precision of float32 and more; in float64 by QR and the SVD of the triangle.
 
     Args:
-        stack: X = [X_1 … X_N], s × k; it is used up.
+        stack: X = [X_1 … X_N], s × k.
         widths: columns of the X's.
         roots: the L's, square, float64.
         each: goes over blocks.
@@ -61,17 +74,33 @@ def left_basis(
         FloatingPointError: what they span is not finite.
     """
     make = _by_grams if stack.dtype == torch.float32 else _by_qr
-    vectors, values = make(stack, widths, roots, each)
-    return Basis(sign_(vectors), smallest_gap(values))
+    found = make(stack, widths, roots, each)
+    signs = signs_of(found.vectors)
+    found.vectors.mul_(signs)
+    if found.turn is not found.vectors:
+        found.turn.mul_(signs)
+    seen = Seen(found.turn, torch.split(found.factors, list(widths), dim=1))
+    return Basis(found.vectors, smallest_gap(found.values)), seen
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Singular vectors, U, and values; and what `Seen` is made of."""
+
+    vectors: torch.Tensor
+    values: torch.Tensor
+    turn: torch.Tensor
+    factors: torch.Tensor
 
 
 def _by_grams(
     stack: torch.Tensor, widths: Sequence[int], roots: Roots | None, each: Each
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> _Found:
     side, columns = stack.shape
     if columns > side:
         y, values = _eigen(_row_gram(stack, widths, roots, each))
-        return y.to(stack.dtype), values
+        vectors = y.to(stack.dtype)
+        return _Found(vectors, values, vectors, stack)
     squares = gram(stack, each)
     for part, other in zip(_parts(squares, widths, roots), roots or (), strict=True):
         part.copy_(other.mT @ part)
@@ -82,7 +111,8 @@ def _by_grams(
     y /= values
     for part, other in zip(_parts(y, widths, roots), roots or (), strict=True):
         part.copy_(other @ part)
-    return multiply(stack, y, each), values
+    vectors = multiply(stack, y, each)
+    return _Found(vectors, values, vectors, stack)
 
 
 def _parts(
@@ -133,25 +163,24 @@ def _eigen(squares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return y[:, len(y) - kept :].flip(1), values[:kept]
 
 
-def _by_qr(
-    stack: torch.Tensor, widths: Sequence[int], roots: Roots | None, each: Each
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_qr(stack: torch.Tensor, widths: Sequence[int], roots: Roots | None, each: Each) -> _Found:
     del each
-    for part, other in zip(_parts(stack.mT, widths, roots), roots or (), strict=True):
-        part.copy_(other.mT @ part)
-    side, columns = stack.shape
-    if columns > side:
+    wide = stack.shape[1] > len(stack)
+    q, factors = (None, stack) if wide else thin_qr(stack)
+    rooted = factors
+    if roots:
+        parts = torch.split(factors, list(widths), dim=1)
+        rooted = torch.cat([part @ root for part, root in zip(parts, roots, strict=True)], dim=1)
+    if wide:
         # X·L = Rᵀ·Qᵀ, and Q is not wanted.
-        triangle = torch.linalg.qr(stack.mT, mode="r").R
-        vectors, values, _ = torch.linalg.svd(triangle.mT)
-    else:
-        q, triangle = thin_qr(stack)
-        left, values, _ = torch.linalg.svd(triangle)
-        vectors = tall_product(q, left)
+        rooted = torch.linalg.qr(rooted.mT, mode="r").R.mT
+    left, values, _ = torch.linalg.svd(rooted)
     if not math.isfinite(float(values.sum())):
         raise FloatingPointError("factors overflow: their norm is not finite")
     kept = _count(values, stack.dtype)
-    return vectors[:, :kept], values[:kept]
+    turn = left[:, :kept]
+    vectors = turn if q is None else tall_product(q, turn)
+    return _Found(vectors, values[:kept], turn, factors)
 
 
 def _count(values: torch.Tensor, dtype: torch.dtype) -> int:
@@ -160,14 +189,14 @@ def _count(values: torch.Tensor, dtype: torch.dtype) -> int:
     return int(torch.count_nonzero(values > ROUNDING[dtype] * largest))
 
 
-def sign_(vectors: torch.Tensor) -> torch.Tensor:
-    """Turn columns, in place, so that the first of the largest entries of each is positive."""
+def signs_of(vectors: torch.Tensor) -> torch.Tensor:
+    """Return what makes the first of the largest entries of each column positive: +1 or -1."""
+    signs = []
     for block in torch.split(vectors, max(1, SIGNED // len(vectors)), dim=1):
         sizes = block.abs()
         first = (sizes >= (1 - ALIKE) * sizes.amax(0)).to(torch.int8).argmax(0)
-        chosen = block.gather(0, first[None])
-        block.mul_(torch.sign(chosen))
-    return vectors
+        signs.append(torch.sign(block.gather(0, first[None])[0]))
+    return torch.cat(signs)
 
 
 def smallest_gap(values: torch.Tensor) -> float:

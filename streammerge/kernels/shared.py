@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from streammerge.kernels.bases import Basis, sign_, smallest_gap
+from streammerge.kernels.bases import Basis, signs_of, smallest_gap
 from streammerge.kernels.each import Each
 from streammerge.kernels.grams import gram, multiply
 
@@ -258,4 +258,4 @@ def _basis(
     values, vectors = _values(_seen(other, seen), torch.split(own.image, list(side.ranks)))
     values = values.clamp_min(0.0).sqrt()
     columns = multiply(side.stack, own.x @ vectors, each)
-    return Basis(sign_(columns), smallest_gap(values), unsettled)
+    return Basis(columns.mul_(signs_of(columns)), smallest_gap(values), unsettled)

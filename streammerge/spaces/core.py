@@ -12,15 +12,21 @@ import torch
 from streammerge.spaces.bases import coordinates
 
 
-def core_factors(
-    b: torch.Tensor, a: torch.Tensor, left: torch.Tensor, right: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the coordinates of B and of A, whose product times the scaling is M.
+def core_columns(b: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    """Return the coordinates of B, k × r.
 
     Args:
         b: m × r.
-        a: r × n.
         left: U, m × k.
+    """
+    return coordinates(left, b)
+
+
+def core_rows(a: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return the coordinates of A, r × l; those of B times these times the scaling are M_t.
+
+    Args:
+        a: r × n.
         right: V, n × l.
     """
-    return coordinates(left, b), coordinates(right, a.mT).mT.contiguous()
+    return coordinates(right, a.mT).mT.contiguous()

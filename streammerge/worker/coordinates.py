@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import torch
 
-from streammerge.kernels.bases import Basis, left_basis, square_root
+from streammerge.kernels.bases import Basis, Roots, left_basis, square_root
 from streammerge.kernels.shared import shared_bases
 from streammerge.lowrank import Truncation, tall_product
 from streammerge.planner.routes import whole_side
-from streammerge.spaces.core import core_factors
+from streammerge.spaces.core import core_columns, core_rows
 from streammerge.spaces.delta import delta_sample, delta_tile
 from streammerge.spaces.knots import knots_factor
 from streammerge.tiling import row_tiles, sample_size
@@ -37,13 +37,10 @@ def _in_left_basis(work: Work) -> tuple[Basis, Coordinates | None]:
     def root(i: int) -> torch.Tensor:
         return square_root(sources.a[i].whole(), sources.scalings[i], map)
 
-    roots = list(work.each(root, range(len(sources))))
-    left = left_basis(*_stacked(work, "B"), roots, work.each)
-    del roots
+    left, b = _basis(work, "B", knots_factor, list(work.each(root, range(len(sources)))))
     work.end_phase()
     if not left.vectors.shape[1]:
         return left, None
-    b = list(work.each(lambda i: _left(work, i, left), range(len(sources))))
     held = list(work.each(lambda i: sources.a[i].whole(), range(work.task.factors)))
 
     def a(i: int) -> torch.Tensor:
@@ -75,11 +72,11 @@ def _merge_cores(work: Work, left: Basis, right: Basis, seen: Coordinates | None
 def _in_both_bases(work: Work) -> tuple[Basis, Basis, Coordinates | None]:
     """Return both bases and the sources' cores; None where all B's, or all A's, are zero."""
     total = sum(_ranks(work))
-    left = left_basis(*_stacked(work, "B"), None, work.each)
-    right = left_basis(*_stacked(work, "A"), None, work.each)
+    left, b = _basis(work, "B", core_columns)
+    right, a = _basis(work, "A", lambda x, turn: core_rows(x.mT, turn))
     work.end_phase()
     planned = min(work.task.m, total), min(work.task.n, total)
-    return left, right, _cores(work, "core", left, right, planned)
+    return left, right, _cores(work, "core", b, a, planned)
 
 
 def _in_shared_bases(work: Work) -> tuple[Basis, Basis, Coordinates | None]:
@@ -96,30 +93,30 @@ def _in_shared_bases(work: Work) -> tuple[Basis, Basis, Coordinates | None]:
         check=work.job.check,
     )
     work.end_phase()
-    return left, right, _cores(work, "ctm", left, right, (rank, rank))
+    b = list(work.each(lambda b: core_columns(b.whole(), left.vectors), work.sources.b))
+    a = list(work.each(lambda a: core_rows(a.whole(), right.vectors), work.sources.a))
+    return left, right, _cores(work, "ctm", b, a, (rank, rank))
 
 
 def _cores(
-    work: Work, name: str, left: Basis, right: Basis, planned: tuple[int, int]
+    work: Work,
+    name: str,
+    b: list[torch.Tensor],
+    a: list[torch.Tensor],
+    planned: tuple[int, int],
 ) -> Coordinates | None:
-    """Return the deltas' coordinates in two bases.
+    """Return what a rule sees; None where one of the bases has no directions.
 
     Args:
         work: the target.
         name: by which random bits are drawn.
-        left: of columns.
-        right: of rows.
-        planned: how many directions they have at most.
+        b: coordinates of the B's, k × r each.
+        a: of the A's, r × l each.
+        planned: how many directions the bases have at most.
     """
-    sources, u, v = work.sources, left.vectors, right.vectors
-    if not u.shape[1] or not v.shape[1]:
+    if not len(b[0]) or not a[0].shape[1]:
         return None
-
-    def core(i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return core_factors(sources.b[i].whole(), sources.a[i].whole(), u, v)
-
-    factors = list(work.each(core, range(len(sources))))
-    return Coordinates(work, name, [b for b, _ in factors], lambda i: factors[i][1], planned)
+    return Coordinates(work, name, b, lambda i: a[i], planned)
 
 
 def coordinates_of(work: Work) -> Coordinates | None:
@@ -137,14 +134,21 @@ def _ranks(work: Work) -> list[int]:
     return [reader.matrix_shape[0] for reader in work.sources.a]
 
 
+def _basis(
+    work: Work,
+    side: str,
+    project: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    roots: Roots | None = None,
+) -> tuple[Basis, list[torch.Tensor]]:
+    """Return a basis of all B's, or of all turned A's, and the coordinates of each in it."""
+    basis, seen = left_basis(*_stacked(work, side), roots, work.each)
+    return basis, list(work.each(lambda factor: project(factor, seen.turn), seen.factors))
+
+
 def _stacked(work: Work, side: str) -> tuple[torch.Tensor, list[int]]:
     """Return the B's side by side, or the turned A's, as they are; and how wide each is."""
     stacked = stack(work, range(len(work.sources)), side, scaled=False)
     return stacked if side == "B" else stacked.mT, _ranks(work)
-
-
-def _left(work: Work, i: int, left: Basis) -> torch.Tensor:
-    return knots_factor(work.sources.b[i].whole(), left.vectors)
 
 
 def _nothing(work: Work, *bases: Basis) -> Truncation:

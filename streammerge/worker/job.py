@@ -275,5 +275,5 @@ def warm_up() -> None:
         for values in (matrix @ matrix, matrix.double()):
             torch.linalg.svd(values)
         # What a basis takes is called by no other route: 5 MiB of code at the first call.
-        basis = left_basis(torch.eye(64), [64], None, map)
+        basis, _ = left_basis(torch.eye(64), [64], None, map)
         coordinates(basis.vectors, torch.eye(64))

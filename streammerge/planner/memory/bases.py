@@ -28,14 +28,12 @@ def with_bases(shape: Shape, course: Course, lanes: int, used: int) -> int:
     bases = sum(side * min(side, k) for side in sides) * shape.item
     if len(sides) == 1:
         bases += sum(rank * rank for rank in shape.ranks) * DOUBLE  # the L's
-    making = max(_basis(shape, side, lanes) for side in sides)
-    # A's coordinates are as wide as A in the one route, and read when they are needed.
+        # A's coordinates are as wide as A, and read when they are needed.
+        reading = max(shape.ranks) * shape.n * (shape.item + shape.stored_item)
+        used = max(lanes * reading, used)
     coordinates = (seen.m if len(sides) == 1 else seen.m + seen.n) * k * shape.item
-    reading = max(shape.ranks) * max(shape.m, shape.n) * (shape.item + shape.stored_item)
-    projecting = 2 * max(seen.m, seen.n) * shape.item + max(shape.m, shape.n) * DOUBLE
-    reading += max(shape.ranks) * projecting
-    later = coordinates + max(lanes * reading, used)
-    return bases + max(making, later)
+    making = max(_basis(shape, side, lanes) for side in sides)
+    return bases + coordinates + max(making, used)
 
 
 def _basis(shape: Shape, side: int, lanes: int) -> int:
@@ -48,7 +46,7 @@ def _basis(shape: Shape, side: int, lanes: int) -> int:
     rooting = lanes * (2 * reading + 5 * largest * largest * DOUBLE)
     signs = min(side * order, max(side, SIGNED)) * (2 * shape.item + 2)
     if shape.item == DOUBLE:
-        return max(rooting, 4 * stack + 8 * order * order * DOUBLE + max(reading, signs))
+        return max(rooting, 4 * stack + 9 * order * order * DOUBLE + max(reading, signs))
     rows = longest(gram_rows(side)) * max(k, order) + longest(gram_rows(k)) * order
     working = max(reading, signs, lanes * 2 * rows * DOUBLE)
     return max(rooting, stack + 5 * order * order * DOUBLE + working)
