@@ -24,6 +24,7 @@ from weakref import WeakValueDictionary
 from distributed import Worker, get_worker
 
 from streammerge.adapter import Adapter, TensorFile
+from streammerge.allocator import give_back
 from streammerge.budget import CPU, Device, Grant, format_size, granted_by_machine
 from streammerge.errors import (
     MergeFailedError,
@@ -48,7 +49,6 @@ from streammerge.worker import (
     count_task,
     find_device,
     fingerprint,
-    give_back,
     measure_process,
     one_thread_each,
     rule_problem,

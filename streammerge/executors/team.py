@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from distributed import Client, Future, Worker, get_worker, wait, worker_client
 
+from streammerge.allocator import give_back
 from streammerge.errors import WorkerError
 from streammerge.executors.remote import Terms, admit, run_tasks, stored
 from streammerge.executors.workers import LOST, POLL_SECONDS, running
@@ -33,7 +34,6 @@ from streammerge.worker import (
     Member,
     Part,
     Receipt,
-    give_back,
     one_thread_each,
     packed,
     run_task,

@@ -8,6 +8,7 @@ from functools import cached_property, partial
 
 import torch
 
+from streammerge.allocator import new_slab
 from streammerge.catalog import Sparsity
 from streammerge.draw import Drawer
 from streammerge.kernels.each import Here, Over, Pool
@@ -91,7 +92,10 @@ class MergedTiles:
         self._operands = operands
         self._options = options
         self._stacked = stacked
-        self._workspaces = Pool(lambda: _Workspace(operands))
+        # The tensors that are kept, or the one in the making; what the rule works in; the mask.
+        tensors = len(operands) if stacked else 1
+        buffers = tensors + RULES[options.rule].tile_buffers + 1
+        self._workspaces = Pool(lambda: _Workspace(operands, buffers))
         self.thresholds: tuple[Cut, ...] = ()
         """Where each tensor is cut, once that is known; none where it is found with the tile."""
         self.selection: Selection | None = None
@@ -285,8 +289,15 @@ def _in_place(answer: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 class _Workspace:
     """Buffers of tile size for one tile in the making; made when first used, then used again."""
 
-    def __init__(self, operands: Operands) -> None:
-        self._new: Callable[[], torch.Tensor] = lambda: operands.new_buffer(operands.largest_tile)
+    def __init__(self, operands: Operands, count: int) -> None:
+        """Make it.
+
+        Args:
+            operands: the tensors.
+            count: buffers in one slab; what is asked for beyond them has memory of its own.
+        """
+        self._operands = operands
+        self._count = count
         self._incoming: list[torch.Tensor] = []
         self._spare: list[torch.Tensor] = []
         self.stack: tuple[Sparsity, list[torch.Tensor]] | None = None
@@ -299,6 +310,16 @@ class _Workspace:
     def spare(self, k: int) -> torch.Tensor:
         """Return the k-th buffer for the rule's own use."""
         return self._numbered(self._spare, k)
+
+    @cached_property
+    def _slab(self) -> Iterator[torch.Tensor]:
+        """The buffers that are not in use yet."""
+        size = self._operands.largest_tile
+        return iter(torch.split(new_slab(self._operands.new_buffer, self._count * size), size))
+
+    def _new(self) -> torch.Tensor:
+        free = next(self._slab, None)
+        return self._operands.new_buffer(self._operands.largest_tile) if free is None else free
 
     @cached_property
     def mask(self) -> torch.Tensor:

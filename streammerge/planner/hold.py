@@ -78,7 +78,7 @@ def hold(draft: Draft, rule: RuleSpec, room: int, lanes: int) -> Holding:
 def _hold_in_bases(course: Course, rule: RuleSpec, shape: Shape, room: int, lanes: int) -> Holding:
     """Return what is kept while a rule sees coordinates: tiles, then A's, then a tile of all.
 
-    The bases take more while they are made than afterwards, so some of it costs nothing.
+    The bases take more while they are made than afterwards, so that tiles may cost nothing.
     """
     seen = seen_shape(course.route, shape)
 

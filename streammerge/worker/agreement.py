@@ -15,11 +15,12 @@ import numpy.typing as npt
 import torch
 
 from streammerge.adapter import Adapter
+from streammerge.allocator import steady_allocator
 from streammerge.kernels import agreement as kernel
 from streammerge.kernels.spectra import Triples, triples
 from streammerge.readers.windows import OpenFiles, Window, mapped
 from streammerge.worker.factors import FactorReader, source_checksum
-from streammerge.worker.job import one_thread_each, steady_allocator
+from streammerge.worker.job import one_thread_each
 
 GROUP_BYTES = 64 * 1024**2
 """Of float64 triples in a group; two groups are held, and as much again while one is made."""

@@ -34,18 +34,18 @@ def _in_left_basis(work: Work) -> tuple[Basis, Coordinates | None]:
     """Return U and the sources' coordinates in it; None where all deltas are zero."""
     sources = work.sources
 
-    def root(i: int) -> torch.Tensor:
-        return square_root(sources.a[i].whole(), sources.scalings[i], map)
-
-    left, b = _basis(work, "B", knots_factor, list(work.each(root, range(len(sources)))))
-    work.end_phase()
-    if not left.vectors.shape[1]:
-        return left, None
     held = list(work.each(lambda i: sources.a[i].whole(), range(work.task.factors)))
 
     def a(i: int) -> torch.Tensor:
         return held[i] if i < len(held) else sources.a[i].whole()
 
+    def root(i: int) -> torch.Tensor:
+        return square_root(a(i), sources.scalings[i], map)
+
+    left, b = _basis(work, "B", knots_factor, list(work.each(root, range(len(sources)))))
+    work.end_phase()
+    if not left.vectors.shape[1]:
+        return left, None
     height = min(work.task.m, sum(_ranks(work)))
     return left, Coordinates(work, "knots", b, a, (height, work.task.n))
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from streammerge.adapter import Adapter, TensorFile
+from streammerge.allocator import give_back, steady_allocator
 from streammerge.budget import AUTO, CPU, HEADROOM, Device, resident_bytes, round_process
 from streammerge.errors import RecipeError
 from streammerge.hub import Ranges, Span
@@ -27,16 +27,6 @@ from streammerge.readers.windows import Bytes, OpenFiles, mapped, pread
 from streammerge.recipe import make_rank
 from streammerge.rules import load_rule
 from streammerge.spaces.bases import coordinates
-
-_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
-"""mallopt(3)."""
-
-MAPPED_BYTES = 4 * 1024**2
-"""Tensors of at least this size are mapped: larger ones than the tiles, which come and go."""
-
-KEPT_BYTES = 8 * 1024**2
-"""So much free memory a heap keeps at its end: what goes back is faulted in at the next use."""
-
 
 LEASE_SECONDS = 1.0
 """How often it is looked whether the run goes on."""
@@ -142,29 +132,6 @@ class Job:
         """Return the writer of a region."""
         path = self.directory / self.plan.files[region.file].name
         return RegionWriter(path, self.starts[region.file], region)
-
-
-def steady_allocator() -> None:
-    """Have every large tensor mapped on its own, so that its memory goes back when it is freed.
-
-    glibc raises the limit above which it maps after each large free, and then keeps and splinters
-    aligned blocks: a task that holds 230 MiB has taken 380 MiB that way. Elsewhere this does
-    nothing.
-    """
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
-
-
-def give_back() -> None:
-    """Give memory that is free, but held by the allocator for later, back to the system.
-
-    What a task leaves in glibc's heaps can be 170 MiB: a process that lives longer than its tasks
-    would hold it from others, and the next plan would take it for the process's own.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

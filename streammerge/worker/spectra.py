@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from streammerge.adapter import Adapter
+from streammerge.allocator import steady_allocator
 from streammerge.errors import NonFiniteError
 from streammerge.kernels import spectra
 from streammerge.readers.windows import OpenFiles, Window, mapped
 from streammerge.rules.spectrum import count_nonzero
 from streammerge.tiling import factor_rows
 from streammerge.worker.factors import FactorReader
-from streammerge.worker.job import one_thread_each, steady_allocator
+from streammerge.worker.job import one_thread_each
 
 _CPU = torch.device("cpu")
 

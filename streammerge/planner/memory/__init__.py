@@ -44,6 +44,7 @@ __all__ = [
     "PINNED_SLOTS",
     "QR_ROWS",
     "SIGNED",
+    "SLACK_BYTES",
     "Holding",
     "factor_bytes",
     "factor_tiles",

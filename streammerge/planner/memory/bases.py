@@ -15,9 +15,11 @@ SIGNED = 2**20
 
 
 def in_bases(rule: RuleSpec, shape: Shape, course: Course, holding: Holding) -> int:
-    """The bases, and with them what the merged coordinates take; the pair."""
+    """The A's that are kept; the bases, and with them what the merged coordinates take; the
+    pair."""
+    kept = sum(shape.ranks[: holding.factors]) * shape.n * shape.item
     merging = _coordinates(rule, seen_shape(course.route, shape), course, holding)
-    return with_bases(shape, course, holding.lanes, merging) + pair_bytes(shape)
+    return kept + with_bases(shape, course, holding.lanes, merging) + pair_bytes(shape)
 
 
 def with_bases(shape: Shape, course: Course, lanes: int, used: int) -> int:
@@ -53,9 +55,8 @@ def _basis(shape: Shape, side: int, lanes: int) -> int:
 
 
 def _coordinates(rule: RuleSpec, seen: Shape, course: Course, holding: Holding) -> int:
-    """The A's that are kept, tiles, and what an iteration takes; or the whole of a matrix that
-    turns out to have a short side; the triples before they are brought back."""
-    kept = holding.factors and sum(seen.ranks[: holding.factors]) * seen.n * seen.item
+    """Tiles, and what an iteration takes; or the whole of a matrix that turns out to have a short
+    side; the triples before they are brought back."""
     tiles = streamed_bytes(rule, seen, replace(holding, factors=0))
     short = min(seen.small, whole_side(seen.rank))
     whole = replace(seen, m=short, n=max(seen.m, seen.n))
@@ -63,7 +64,7 @@ def _coordinates(rule: RuleSpec, seen: Shape, course: Course, holding: Holding) 
     if course.passes:
         iterating = krylov_bytes(seen, course, holding.lanes) + holding.lanes * tile_bytes(seen)
         truncating = max(truncating, iterating)
-    return kept + tiles + truncating
+    return tiles + truncating
 
 
 def in_shared_bases(rule: RuleSpec, shape: Shape, course: Course, holding: Holding) -> int:
