@@ -23,26 +23,37 @@ def delta_tile(
 
 
 def delta_sample(b_rows: torch.Tensor, a: torch.Tensor, scaling: float, count: int) -> torch.Tensor:
-    """Return some elements of (b_rows·A)·scaling, flat: all rows and columns in turn.
+    """Return some elements of (b_rows·A)·scaling, flat, from rows and columns all over it.
+
+    A few rows, far from each other, meet the same columns, the next few others: so there are
+    products of small matrices to take, and hardly any two elements that go up and down together.
 
     Args:
         b_rows: h × r.
         a: r × n.
         scaling: the adapter's alpha/r.
-        count: elements wanted; all of them are returned where they are no more.
+        count: elements wanted, about; all of them are returned where they are no more.
     """
     rows, columns = len(b_rows), a.shape[1]
     if rows * columns <= count:
         return delta_tile(b_rows, a, scaling, out=b_rows.new_empty(rows, columns)).view(-1)
-    # Each row meets another column every time it comes round.
-    step, shift = (coprime_step(round(columns * share), columns) for share in (0.618, 0.755))
-    parts = []
-    for places in torch.split(torch.arange(count, device=a.device), SAMPLE_PART):
-        column = (places * step + places // rows * shift) % columns
-        products = b_rows[places % rows].mT.mul_(a[:, column])
-        parts.append(products.sum(0).mul_(scaling))
-    return torch.cat(parts)
+    least = min(columns, SAMPLED_COLUMNS)
+    used = min(rows, max(1, count // least))
+    height = min(SAMPLED_ROWS, max(1, used // 16))
+    groups = -(-used // height)
+    width = min(columns, max(least, count // (height * groups)))
+    chosen = torch.arange(height * groups, device=a.device) % used * rows // used
+    # Steps without a common divisor come by every column, whatever period these have.
+    step, shift = (coprime_step(round(columns * part), columns) for part in (1 / width, 0.618))
+    first, further = (torch.arange(number, device=a.device) for number in (groups, width))
+    places = (first[:, None] * shift + further * step) % columns
+    left = b_rows[chosen].view(height, groups, -1).transpose(0, 1)
+    right = a[:, places.view(-1)].view(-1, groups, width).transpose(0, 1)
+    return torch.bmm(left, right).view(-1).mul_(scaling)
 
 
-SAMPLE_PART = 1 << 13
-"""Elements of a sample that are taken at once."""
+SAMPLED_COLUMNS = 8
+"""Columns that a row of a sample meets, at least."""
+
+SAMPLED_ROWS = 4
+"""Rows that meet the same columns, at most."""
