@@ -33,8 +33,9 @@ PAIR_TOLERANCE = 3e-5
 SQUARED = 1e-200, 1e200
 """Between these lies ‖M‖² of a float64 matrix whose squares neither overflow nor vanish."""
 
-LEAST_SQUARE = 1e-4
-"""From this share of the largest on a square of a singular value is exact enough in float64."""
+LEAST_GAP = 1e-4
+"""From this share of the largest on the distance of two squared singular values is large enough in
+float64 for vectors on both sides of it."""
 
 LEAST_LOST = 1e-6
 """From this share of ‖M‖² on the sum of squares that are lost is exact enough in float64."""
@@ -192,8 +193,9 @@ def _from_squares(matrix: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.
     """Return singular values and right singular vectors from MᵀM, in half of the time.
 
     MᵀM has the squares of the values, and is exact to float64's rounding of the largest: better
-    than a float32 matrix itself. One of float64 would lose digits of what is small, so there it
-    takes values that are kept, and a rest that is lost, which are not; None otherwise.
+    than a float32 matrix itself. One of float64 would lose digits of what is small, or near to each
+    other: there it takes a gap behind the values that are kept, and something that is lost; None
+    otherwise.
     """
     squares = _gram(torch.split(matrix, QR_ROWS))
     energy = float(squares.trace())
@@ -204,8 +206,9 @@ def _from_squares(matrix: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.
     values, vectors = torch.linalg.eigh(squares)
     values = values.flip(0).clamp_min_(0.0)
     if matrix.dtype == torch.float64:
-        lost = float(values[kept:].sum())
-        if float(values[kept - 1]) < LEAST_SQUARE * float(values[0]) or lost < LEAST_LOST * energy:
+        if float(values[kept:].sum()) < LEAST_LOST * energy:
+            return None
+        if float(values[kept - 1] - values[kept]) < LEAST_GAP * float(values[0]):
             return None
     return values.sqrt_(), vectors.flip(1)
 

@@ -211,6 +211,9 @@ def test_tasks_of_many_tiles_keep_their_projection(
         ("ctm", 32, (768, 768, 8), {"rank": 256}),
         ("slerp", 2, (8192, 8192, 512), {"rank": 16}),
         ("karcher", 6, (8192, 8192, 256), {"space": "exact"}),
+        ("ties@knots", 8, (400_000, 64, 8), {}),
+        ("ties@core", 8, (400_000, 64, 8), {}),
+        ("ties@knots", 8, (64_000, 4096, 32), {"workers": 4, "max_memory": 4096 * MIB}),
     ],
 )
 def test_rules_on_wholes_keep_their_projection(

@@ -391,3 +391,22 @@ def test_a_wide_delta_at_full_rank(tmp_path: Path) -> None:
     expected = np.where(of_equals_the_first(delta, 0.3), delta, 0.0)
     found = merged_delta(adapter, tmp_path / "out", m, 0.3)
     assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "float64"])
+@pytest.mark.parametrize("method", ["ties_svd", "sce", "dare_ties_svd", "ties@knots"])
+@pytest.mark.parametrize("shape", [(201, 201), (27, 333), (35, 9)])
+def test_buffers_of_odd_sizes_have_the_same_bytes(
+    shape: tuple[int, int], method: str, compute_dtype: str, tmp_path: Path
+) -> None:
+    """A product into memory that is not aligned may be rounded otherwise: no buffer lies there."""
+    adapters = [
+        write_adapter(tmp_path / f"in{seed}", {"up": linear(*shape, 8)}, seed=seed)
+        for seed in range(3)
+    ]
+    options: dict[str, Any] = {**chosen(method), "density": 0.3, "seed": 7}
+    options |= {"weights": WEIGHTS_GIVEN, "compute_dtype": compute_dtype, "dtype": "float64"}
+    rooms = {"small": least_room(adapters, options), "large": 2**30}
+    plans = [run(adapters, tmp_path / name, options, Setting(rooms[name])) for name in rooms]
+    assert [task.stacked for plan in plans for task in plan.tasks] == [False, True]
+    assert_same({name: written(tmp_path / name) for name in rooms})

@@ -293,9 +293,9 @@ def test_bases_have_one_sign_and_order(case: str, rooted: bool) -> None:
                 square_root(torch.from_numpy(s.a.copy()).to(dtype), s.scaling, map)
                 for s in adapters
             ]
-            basis, seen = left_basis(stack, widths, roots if rooted else None, map)
+            basis, reduced = left_basis(stack, widths, roots if rooted else None, map)
             found.append(basis.vectors.double())
-            projected = [seen.turn.mT @ factor for factor in seen.factors]
+            projected = [reduced.turn.mT @ factor for factor in reduced.factors]
             torch.testing.assert_close(torch.cat(projected, 1), basis.vectors.mT @ stack)
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0, atol=1e-5)

@@ -133,8 +133,10 @@ def test_a_sample_of_a_small_delta_is_all_of_it() -> None:
     assert all(torch.isclose(dense, value).any() for value in some)
 
 
-@pytest.mark.parametrize("scales", ["alike", "of rows", "of columns", "of both"])
-@pytest.mark.parametrize("shape", [(512, 2048), (3000, 700), (5, 40_000), (40_000, 5)])
+@pytest.mark.parametrize(
+    "scales", ["alike", "of rows", "of columns", "of both", "of every other row and column"]
+)
+@pytest.mark.parametrize("shape", [(512, 2048), (3000, 700), (8192, 640), (5, 40_000), (40_000, 5)])
 def test_a_sample_stands_for_a_delta(shape: tuple[int, int], scales: str) -> None:
     """So well that the bracket around a threshold holds it, whatever rows and columns are large."""
     rng = np.random.default_rng(1)
@@ -143,6 +145,9 @@ def test_a_sample_stands_for_a_delta(shape: tuple[int, int], scales: str) -> Non
         b *= np.exp(2 * rng.standard_normal((shape[0], 1)))
     if scales in ("of columns", "of both"):
         a *= np.exp(2 * rng.standard_normal((1, shape[1])))
+    if scales == "of every other row and column":
+        b[::2] *= 9
+        a[:, ::2] *= 9
     sample = delta_sample(torch.from_numpy(b), torch.from_numpy(a), 0.5, 2**15).abs().numpy()
     assert 0.9 * 2**15 < len(sample) < 1.01 * 2**15
     for share in (0.05, 0.3, 0.8):

@@ -41,7 +41,7 @@ class Basis:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Reduced:
     """A basis U and the X's that it was found from, without the columns Q that they share.
 
     U = Q·turn and X_t = Q·R_t, so that Uᵀ·X_t = turnᵀ·R_t; where nothing is shared turn is U.
@@ -58,7 +58,7 @@ Roots = Sequence[torch.Tensor]
 
 def left_basis(
     stack: torch.Tensor, widths: Sequence[int], roots: Roots | None, each: Each
-) -> tuple[Basis, Seen]:
+) -> tuple[Basis, Reduced]:
     """Return a basis of [X_1·L_1 … X_N·L_N]: of X itself where there are no L's.
 
     In float32 from the smaller of the two Gram matrices, in float64, which squares the condition
@@ -79,13 +79,13 @@ def left_basis(
     found.vectors.mul_(signs)
     if found.turn is not found.vectors:
         found.turn.mul_(signs)
-    seen = Seen(found.turn, torch.split(found.factors, list(widths), dim=1))
-    return Basis(found.vectors, smallest_gap(found.values)), seen
+    reduced = Reduced(found.turn, torch.split(found.factors, list(widths), dim=1))
+    return Basis(found.vectors, smallest_gap(found.values)), reduced
 
 
 @dataclass(frozen=True)
 class _Found:
-    """Singular vectors, U, and values; and what `Seen` is made of."""
+    """Singular vectors, U, and values; and what `Reduced` is made of."""
 
     vectors: torch.Tensor
     values: torch.Tensor
@@ -191,12 +191,14 @@ def _count(values: torch.Tensor, dtype: torch.dtype) -> int:
 
 def signs_of(vectors: torch.Tensor) -> torch.Tensor:
     """Return what makes the first of the largest entries of each column positive: +1 or -1."""
-    signs = []
-    for block in torch.split(vectors, max(1, SIGNED // len(vectors)), dim=1):
+    # Made before the large blocks: between them small ones would keep the heap from being reused.
+    signs = vectors.new_empty(vectors.shape[1])
+    count = max(1, SIGNED // len(vectors))
+    for part, block in zip(*(torch.split(x, count, dim=-1) for x in (signs, vectors)), strict=True):
         sizes = block.abs()
         first = (sizes >= (1 - ALIKE) * sizes.amax(0)).to(torch.int8).argmax(0)
-        signs.append(torch.sign(block.gather(0, first[None])[0]))
-    return torch.cat(signs)
+        torch.sign(block.gather(0, first[None])[0], out=part)
+    return signs
 
 
 def smallest_gap(values: torch.Tensor) -> float:

@@ -92,9 +92,8 @@ class MergedTiles:
         self._operands = operands
         self._options = options
         self._stacked = stacked
-        # The tensors that are kept, or the one in the making; what the rule works in; the mask.
-        tensors = len(operands) if stacked else 1
-        buffers = tensors + RULES[options.rule].tile_buffers + 1
+        # The tensors that are kept, or the one in the making; what the rule works in.
+        buffers = (len(operands) if stacked else 1) + RULES[options.rule].tile_buffers
         self._workspaces = Pool(lambda: _Workspace(operands, buffers))
         self.thresholds: tuple[Cut, ...] = ()
         """Where each tensor is cut, once that is known; none where it is found with the tile."""
@@ -314,8 +313,7 @@ class _Workspace:
     @cached_property
     def _slab(self) -> Iterator[torch.Tensor]:
         """The buffers that are not in use yet."""
-        size = self._operands.largest_tile
-        return iter(torch.split(new_slab(self._operands.new_buffer, self._count * size), size))
+        return iter(new_slab(self._operands.new_buffer, self._operands.largest_tile, self._count))
 
     def _new(self) -> torch.Tensor:
         free = next(self._slab, None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from streammerge.planner.memory import CONVERTED
+
 ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-12}
 """Below this share of the whole a direction, or a coordinate, is rounding, and zero."""
 
@@ -26,7 +28,9 @@ def coordinates(basis: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     # The basis, wider than a factor, stands on the right: in float64 that takes half the time.
     found = (factor.mT @ basis).mT.contiguous()
     # In float64, for a norm may overflow where no element does, and all would be below it.
-    lengths = torch.linalg.vector_norm(factor, dim=0, dtype=torch.float64)
+    blocks = torch.split(factor, max(1, CONVERTED // factor.shape[1]))
+    parts = [torch.linalg.vector_norm(block, dim=0, dtype=torch.float64) for block in blocks]
+    lengths = torch.linalg.vector_norm(torch.stack(parts), dim=0)
     if not bool(torch.isfinite(lengths).all()):
         raise FloatingPointError("factors overflow: their norm is not finite")
     limits = (lengths * ROUNDING[factor.dtype]).to(found.dtype)

@@ -17,7 +17,7 @@ def core_columns(b: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
 
     Args:
         b: m × r.
-        left: U, m × k.
+        left: U, m × k; or both without orthonormal columns that they share.
     """
     return coordinates(left, b)
 
@@ -27,6 +27,6 @@ def core_rows(a: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
     Args:
         a: r × n.
-        right: V, n × l.
+        right: V, n × l; the same holds for these.
     """
     return coordinates(right, a.mT).mT.contiguous()

@@ -42,9 +42,10 @@ def delta_sample(b_rows: torch.Tensor, a: torch.Tensor, scaling: float, count: i
     height = min(SAMPLED_ROWS, max(1, used // 16))
     groups = -(-used // height)
     width = min(columns, max(least, count // (height * groups)))
-    chosen = torch.arange(height * groups, device=a.device) % used * rows // used
-    # Steps without a common divisor come by every column, whatever period these have.
+    # Steps without a common divisor come by every row and column, whatever period these have.
+    down = coprime_step(round(rows * 0.618), rows)
     step, shift = (coprime_step(round(columns * part), columns) for part in (1 / width, 0.618))
+    chosen = torch.arange(height * groups, device=a.device) % used * down % rows
     first, further = (torch.arange(number, device=a.device) for number in (groups, width))
     places = (first[:, None] * shift + further * step) % columns
     left = b_rows[chosen].view(height, groups, -1).transpose(0, 1)

@@ -17,7 +17,7 @@ def knots_factor(b: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
     """Return the coordinates of B, whose product with A times the scaling is the block S·Vᵀ.
 
     Args:
-        b: m × r; or what Q leaves of it, where U = Q·left.
-        left: U, m × k.
+        b: m × r.
+        left: U, m × k; or both without orthonormal columns that they share.
     """
     return coordinates(left, b)

@@ -141,8 +141,8 @@ def _basis(
     roots: Roots | None = None,
 ) -> tuple[Basis, list[torch.Tensor]]:
     """Return a basis of all B's, or of all turned A's, and the coordinates of each in it."""
-    basis, seen = left_basis(*_stacked(work, side), roots, work.each)
-    return basis, list(work.each(lambda factor: project(factor, seen.turn), seen.factors))
+    basis, reduced = left_basis(*_stacked(work, side), roots, work.each)
+    return basis, list(work.each(lambda x: project(x, reduced.turn), reduced.factors))
 
 
 def _stacked(work: Work, side: str) -> tuple[torch.Tensor, list[int]]:
@@ -228,6 +228,6 @@ class Coordinates:
         return out
 
     def sample(self, i: int) -> torch.Tensor:
-        """Return some of source i's coordinates, spread over all rows and columns."""
+        """Return some of source i's coordinates, spread over all of it."""
         count = sample_size(len(self._b[i]) * self.width)
         return delta_sample(self._b[i], self._a(i), self._scalings[i], count)

@@ -70,7 +70,7 @@ class Tensors(Protocol):
         """Put tile t of matrix i into a buffer and return it, flat."""
 
     def sample(self, i: int) -> torch.Tensor:
-        """Return elements of matrix i, spread over all rows and columns."""
+        """Return elements of matrix i, spread over all of it."""
 
 
 class MergedTensors:
@@ -148,7 +148,7 @@ class Deltas:
         return out
 
     def sample(self, i: int) -> torch.Tensor:
-        """Return elements of delta i, spread over all rows and columns."""
+        """Return elements of delta i, spread over all of it."""
         a, m = self._a(i), self.rows[-1][1]
         # The same places of all deltas, whatever their ranks.
         tiles = factor_rows(m, max(b.matrix_shape[1] for b in self._sources.b))

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
 from streammerge.allocator import give_back
-from streammerge.budget import resident_bytes
 from streammerge.draw import stream_key
 from streammerge.kernels.each import Each, Here, Over
 from streammerge.kernels.thresholds import Quota
 from streammerge.kernels.tiles import RuleOptions
-from streammerge.planner.memory import SLACK_BYTES
 from streammerge.plans import Task
 from streammerge.spaces.exact import stack_weights
 from streammerge.worker.encode import Sink
 from streammerge.worker.factors import TargetSources
 from streammerge.worker.job import Job
+
+LARGE_BYTES = 32 * 1024**2
+"""Targets that are planned with more give memory back between their phases."""
 
 Part = tuple[Any, ...]
 """What of a target is meant: ("stream", i), the tiles of delta i; ("variation",), the variance over
@@ -61,8 +62,6 @@ class Work:
     """What each delta is multiplied by, where that is not its weight."""
     unsettled: float = 0.0
     """How far the last step went of an iteration for these that has used up its steps."""
-    resident_before: int = field(default_factory=resident_bytes)
-    """What the process held when the target was begun."""
 
     def over(self, part: Part, here: Callable[[], Any], count: int) -> Over:
         """Return the panels of a part of the target, wherever they are.
@@ -91,11 +90,10 @@ class Work:
         """Give back what a phase has left in the heap, before the next one takes its own.
 
         A task is projected at the larger of two phases where both hold large blocks; the small ones
-        of the first would stay beside those of the second. Where the process has not grown by more
-        than the slack, nothing beyond that can be left, and giving it back would take longer than
-        it is worth.
+        of the first would stay beside those of the second. What a small target leaves is within
+        its slack, and giving it back would take longer than it is worth.
         """
-        if resident_bytes() - self.resident_before > SLACK_BYTES:
+        if self.task.projected_bytes > LARGE_BYTES:
             give_back()
 
     @property

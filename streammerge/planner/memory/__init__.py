@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from streammerge.catalog import RuleSpec
 from streammerge.planner.memory import bases, factors
-from streammerge.planner.memory.bases import SIGNED
+from streammerge.planner.memory.bases import CONVERTED, SIGNED
 from streammerge.planner.memory.buffers import (
     PAGE_BYTES,
     QR_ROWS,
@@ -40,11 +40,11 @@ PINNED_SLOTS = 2
 """One is filled while the other is on its way."""
 
 __all__ = [
+    "CONVERTED",
     "PINNED_BYTES",
     "PINNED_SLOTS",
     "QR_ROWS",
     "SIGNED",
-    "SLACK_BYTES",
     "Holding",
     "factor_bytes",
     "factor_tiles",

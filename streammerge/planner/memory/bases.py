@@ -13,6 +13,9 @@ from streammerge.tiling import gram_rows, longest
 SIGNED = 2**20
 """Entries of a basis that are looked at together for the signs, unless one vector has more."""
 
+CONVERTED = 2**16
+"""Entries of a factor that are converted to float64 at once, for the lengths of its columns."""
+
 
 def in_bases(rule: RuleSpec, shape: Shape, course: Course, holding: Holding) -> int:
     """The A's that are kept; the bases, and with them what the merged coordinates take; the
@@ -23,8 +26,8 @@ def in_bases(rule: RuleSpec, shape: Shape, course: Course, holding: Holding) -> 
 
 
 def with_bases(shape: Shape, course: Course, lanes: int, used: int) -> int:
-    """The bases; while they are made, what that takes, and later the factors' coordinates in them
-    and what is done with those."""
+    """The bases and the factors' coordinates in them; while they are made, what that takes, and
+    later what is done with the coordinates."""
     seen, k = seen_shape(course.route, shape), shape.total_rank
     sides = (shape.m,) if course.route == "left_basis" else (shape.m, shape.n)
     bases = sum(side * min(side, k) for side in sides) * shape.item
@@ -40,18 +43,22 @@ def with_bases(shape: Shape, course: Course, lanes: int, used: int) -> int:
 
 def _basis(shape: Shape, side: int, lanes: int) -> int:
     """The stacked factors; their Gram matrix, its eigenvectors and what LAPACK works in; rows in
-    float64 as they are multiplied. Or their QR and the SVD of the triangle."""
+    float64 as they are multiplied. Or their QR and the SVD of the triangle. The coordinates of a
+    factor before they are turned, for each lane, with rows in float64."""
     k = shape.total_rank
     order, stack = min(side, k), side * k * shape.item
     largest = max(shape.ranks)
     reading = largest * max(shape.m, shape.n) * (shape.item + shape.stored_item)
     rooting = lanes * (2 * reading + 5 * largest * largest * DOUBLE)
     signs = min(side * order, max(side, SIGNED)) * (2 * shape.item + 2)
+    projecting = stack + lanes * (2 * largest * order * shape.item + CONVERTED * DOUBLE)
     if shape.item == DOUBLE:
-        return max(rooting, 4 * stack + 9 * order * order * DOUBLE + max(reading, signs))
+        return max(
+            rooting, projecting, 4 * stack + 9 * order * order * DOUBLE + max(reading, signs)
+        )
     rows = longest(gram_rows(side)) * max(k, order) + longest(gram_rows(k)) * order
     working = max(reading, signs, lanes * 2 * rows * DOUBLE)
-    return max(rooting, stack + 5 * order * order * DOUBLE + working)
+    return max(rooting, projecting, stack + 5 * order * order * DOUBLE + working)
 
 
 def _coordinates(rule: RuleSpec, seen: Shape, course: Course, holding: Holding) -> int:
