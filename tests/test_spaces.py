@@ -295,7 +295,8 @@ def test_bases_have_one_sign_and_order(case: str, rooted: bool) -> None:
             ]
             basis, reduced = left_basis(stack, widths, roots if rooted else None, map)
             found.append(basis.vectors.double())
-            projected = [reduced.turn.mT @ factor for factor in reduced.factors]
+            projected = reduced.project(lambda x, turn: turn.mT @ x, map)
+            assert [part.shape[1] for part in projected] == widths
             torch.testing.assert_close(torch.cat(projected, 1), basis.vectors.mT @ stack)
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0, atol=1e-5)

@@ -8,7 +8,7 @@ equal the vectors between them are anybody's; how near they come is told with th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,8 +49,30 @@ class Reduced:
 
     turn: torch.Tensor
     """Orthonormal columns, k of them."""
-    factors: Sequence[torch.Tensor]
-    """Each R_t, as wide as X_t."""
+    factors: torch.Tensor
+    """The R's side by side."""
+    widths: Sequence[int]
+    """Of each."""
+
+    def project(
+        self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], each: Each
+    ) -> list[torch.Tensor]:
+        """Return function(R_t, turn) of each, k × its width: of neighbours together, for products
+        of few columns take longer.
+
+        Args:
+            function: goes column by column.
+            each: goes over those that are taken together.
+        """
+        groups = _groups(self.widths)
+        counts = [sum(self.widths[t] for t in group) for group in groups]
+
+        def parts(place: int) -> list[torch.Tensor]:
+            found = function(torch.split(self.factors, counts, dim=1)[place], self.turn)
+            widths = [self.widths[t] for t in groups[place]]
+            return [part.contiguous() for part in torch.split(found, widths, dim=1)]
+
+        return [part for found in each(parts, range(len(groups))) for part in found]
 
 
 Roots = Sequence[torch.Tensor]
@@ -79,7 +101,7 @@ def left_basis(
     found.vectors.mul_(signs)
     if found.turn is not found.vectors:
         found.turn.mul_(signs)
-    reduced = Reduced(found.turn, torch.split(found.factors, list(widths), dim=1))
+    reduced = Reduced(found.turn, found.factors, widths)
     return Basis(found.vectors, smallest_gap(found.values)), reduced
 
 

@@ -73,7 +73,9 @@ def _in_both_bases(work: Work) -> tuple[Basis, Basis, Coordinates | None]:
     """Return both bases and the sources' cores; None where all B's, or all A's, are zero."""
     total = sum(_ranks(work))
     left, b = _basis(work, "B", core_columns)
-    right, a = _basis(work, "A", lambda x, turn: core_rows(x.mT, turn))
+    right, turned = _basis(work, "A", core_columns)
+    a = [x.mT.contiguous() for x in turned]
+    del turned
     work.end_phase()
     planned = min(work.task.m, total), min(work.task.n, total)
     return left, right, _cores(work, "core", b, a, planned)
@@ -142,7 +144,7 @@ def _basis(
 ) -> tuple[Basis, list[torch.Tensor]]:
     """Return a basis of all B's, or of all turned A's, and the coordinates of each in it."""
     basis, reduced = left_basis(*_stacked(work, side), roots, work.each)
-    return basis, list(work.each(lambda x: project(x, reduced.turn), reduced.factors))
+    return basis, reduced.project(project, work.each)
 
 
 def _stacked(work: Work, side: str) -> tuple[torch.Tensor, list[int]]:

@@ -8,7 +8,7 @@ from streammerge.catalog import RuleSpec
 from streammerge.planner.memory.buffers import Holding, pair_bytes, streamed_bytes, tile_bytes
 from streammerge.planner.memory.matrices import dense_bytes, krylov_bytes
 from streammerge.planner.routes import DOUBLE, Course, Shape, seen_shape, whole_side
-from streammerge.tiling import gram_rows, longest
+from streammerge.tiling import GRAM_ROWS, gram_rows, longest
 
 SIGNED = 2**20
 """Entries of a basis that are looked at together for the signs, unless one vector has more."""
@@ -43,15 +43,16 @@ def with_bases(shape: Shape, course: Course, lanes: int, used: int) -> int:
 
 def _basis(shape: Shape, side: int, lanes: int) -> int:
     """The stacked factors; their Gram matrix, its eigenvectors and what LAPACK works in; rows in
-    float64 as they are multiplied. Or their QR and the SVD of the triangle. The coordinates of a
-    factor before they are turned, for each lane, with rows in float64."""
+    float64 as they are multiplied. Or their QR and the SVD of the triangle. Coordinates before they
+    are turned and cut into those of each factor, for each lane, with rows in float64."""
     k = shape.total_rank
     order, stack = min(side, k), side * k * shape.item
     largest = max(shape.ranks)
     reading = largest * max(shape.m, shape.n) * (shape.item + shape.stored_item)
     rooting = lanes * (2 * reading + 5 * largest * largest * DOUBLE)
     signs = min(side * order, max(side, SIGNED)) * (2 * shape.item + 2)
-    projecting = stack + lanes * (2 * largest * order * shape.item + CONVERTED * DOUBLE)
+    together = min(k, max(largest, GRAM_ROWS))
+    projecting = stack + lanes * (2 * together * order * shape.item + CONVERTED * DOUBLE)
     if shape.item == DOUBLE:
         return max(
             rooting, projecting, 4 * stack + 9 * order * order * DOUBLE + max(reading, signs)
