@@ -27,10 +27,12 @@ def coordinates(basis: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """
     # The basis, wider than a factor, stands on the right: in float64 that takes half the time.
     found = (factor.mT @ basis).mT.contiguous()
-    # In float64, for a norm may overflow where no element does, and all would be below it.
-    blocks = torch.split(factor, max(1, CONVERTED // factor.shape[1]))
-    parts = [torch.linalg.vector_norm(block, dim=0, dtype=torch.float64) for block in blocks]
-    lengths = torch.linalg.vector_norm(torch.stack(parts), dim=0)
+    # In float64, for a norm may overflow where no element does, and all would be below it. Of a
+    # block nothing is kept: small things between large ones keep the heap from being used again.
+    squares = factor.new_zeros(factor.shape[1], dtype=torch.float64)
+    for block in torch.split(factor, max(1, CONVERTED // factor.shape[1])):
+        squares.add_(torch.linalg.vector_norm(block, dim=0, dtype=torch.float64).square_())
+    lengths = squares.sqrt_()
     if not bool(torch.isfinite(lengths).all()):
         raise FloatingPointError("factors overflow: their norm is not finite")
     limits = (lengths * ROUNDING[factor.dtype]).to(found.dtype)
