@@ -3,7 +3,8 @@ a budget.
 
     scripts/bench-spaces [FOLDER]
 
-Takes some minutes on two cores, and 60 MB of disk in FOLDER for the adapters. One thread each.
+Takes some minutes on two cores, and 220 MB of disk in FOLDER for adapters and outputs.
+One thread each.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Sequence[Source]], tuple[Matrix
 def against_dense(folder: Path, side: int = 1024, count: int = 8, rank: int = 16) -> None:
     """Print seconds of the dense route and of ours, and how far the results are apart.
 
-    Ours are those of a module in merges of many; the quickest counts, of the dense route too.
+    Ours are those of a module in merges of many: the quickest, and the median. Of the dense route,
+    taken of one module, the quickest counts.
     """
     modules = [
         [random_source(count * t + i, side, side, rank, scaling=1 + i / 8) for i in range(count)]
@@ -140,7 +142,8 @@ def against_dense(folder: Path, side: int = 1024, count: int = 8, rank: int = 16
             least, middle = min(times), sorted(times)[len(times) // 2]
             print(
                 f"{name:<6} {compute}: dense SVDs {seconds:.2f} s, whole merge {least:.4f} s "
-                f"(median {middle:.4f}), {seconds / least:.0f} times; apart by {error:.1e}"
+                f"(median {middle:.4f}), {seconds / least:.0f} ({seconds / middle:.0f}) times; "
+                f"{names[0]} apart by {error:.1e}"
             )
 
 

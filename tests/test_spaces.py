@@ -398,3 +398,14 @@ def test_the_list_of_methods_names_the_spaces() -> None:
     shown = CliRunner().invoke(main, ["methods"]).output
     for part in ("core", "2509.17786", "knots", "2410.19735", "equal ranks"):
         assert part in shown
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("widths", [[1], [600, 600, 1], [1500, 2], [1, 1100, 7]])
+def test_factors_come_out_of_a_basis_one_by_one(widths: list[int], dtype: torch.dtype) -> None:
+    """However many are brought into it at once."""
+    stack = torch.randn(40, sum(widths), dtype=dtype, generator=torch.Generator().manual_seed(0))
+    basis, reduced = left_basis(stack, widths, None, map)
+    parts = reduced.project(lambda x, turn: turn.mT @ x, map)
+    assert [part.shape[1] for part in parts] == widths
+    torch.testing.assert_close(basis.vectors @ torch.cat(parts, 1), stack)

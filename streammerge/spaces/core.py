@@ -27,6 +27,6 @@ def core_rows(a: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
     Args:
         a: r × n.
-        right: V, n × l; the same holds for these.
+        right: V, n × l.
     """
     return coordinates(right, a.mT).mT.contiguous()

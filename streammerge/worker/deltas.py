@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from streammerge.allocator import ALIGNED_BYTES
 from streammerge.kernels.held import HeldTiles
 from streammerge.kernels.krylov import block_krylov
 from streammerge.kernels.matrices import RowTiles, TiledMatrix, dense
@@ -163,7 +164,9 @@ class Deltas:
 
     def _b_rows(self, i: int, start: int, stop: int) -> torch.Tensor:
         if i < len(self._held):
-            return self._held[i][1][start:stop]
+            rows = self._held[i][1][start:stop]
+            # Aligned as what is read: else a product of one column may be rounded otherwise.
+            return rows.clone() if rows.data_ptr() % ALIGNED_BYTES else rows
         return self._sources.b[i].rows(start, stop)
 
 

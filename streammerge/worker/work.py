@@ -90,8 +90,8 @@ class Work:
         """Give back what a phase has left in the heap, before the next one takes its own.
 
         A task is projected at the larger of two phases where both hold large blocks; the small ones
-        of the first would stay beside those of the second. What a small target leaves is within
-        its slack, and giving it back would take longer than it is worth.
+        of the first would stay beside those of the second. What small targets leave was
+        measured to lie within their slack, and giving it back takes longer than it is worth.
         """
         if self.task.projected_bytes > LARGE_BYTES:
             give_back()

@@ -44,15 +44,16 @@ def with_bases(shape: Shape, course: Course, lanes: int, used: int) -> int:
 def _basis(shape: Shape, side: int, lanes: int) -> int:
     """The stacked factors; their Gram matrix, its eigenvectors and what LAPACK works in; rows in
     float64 as they are multiplied. Or their QR and the SVD of the triangle. Coordinates before they
-    are turned and cut into those of each factor, for each lane, with rows in float64."""
+    are turned and cut into those of each factor, as many as the lanes have in hand, and a mask of
+    them; rows in float64."""
     k = shape.total_rank
     order, stack = min(side, k), side * k * shape.item
     largest = max(shape.ranks)
     reading = largest * max(shape.m, shape.n) * (shape.item + shape.stored_item)
     rooting = lanes * (2 * reading + 5 * largest * largest * DOUBLE)
     signs = min(side * order, max(side, SIGNED)) * (2 * shape.item + 2)
-    together = min(k, max(largest, GRAM_ROWS))
-    projecting = stack + lanes * (2 * together * order * shape.item + CONVERTED * DOUBLE)
+    together = min(k, lanes * max(largest, GRAM_ROWS))
+    projecting = stack + together * order * (2 * shape.item + 1) + lanes * CONVERTED * DOUBLE
     if shape.item == DOUBLE:
         return max(
             rooting, projecting, 4 * stack + 9 * order * order * DOUBLE + max(reading, signs)
