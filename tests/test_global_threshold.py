@@ -37,6 +37,7 @@ from streammerge.plans import Plan
 from streammerge.readers import read_adapters
 from streammerge.recipe import Recipe
 from streammerge.select import DIGITS
+from streammerge.worker import census as census_of_tasks
 
 SAME = (WEIGHTS, CONFIG, MARK_NAME)
 GIVEN = (1.0, -0.6, 0.3)
@@ -736,3 +737,25 @@ def test_the_search(dtype: torch.dtype, levels: int | None) -> None:
         expected = np.zeros(whole.size, bool)
         expected[order[:keep]] = True
         np.testing.assert_array_equal(np.concatenate(kept), expected & (whole != 0))
+
+
+def test_no_factors_are_held_while_elements_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The projection of a census has no room for them; that of the merge has."""
+    counted: list[int] = []
+    work = census_of_tasks.Work
+
+    def spy(job: Any, task: Any, *rest: Any) -> Any:
+        counted.append(task.factors)
+        return work(job, task, *rest)
+
+    monkeypatch.setattr(census_of_tasks, "Work", spy)
+    adapters = [
+        str(write_random(tmp_path / str(i), {"up": linear(30, 40, 4)}, seed=i)) for i in range(3)
+    ]
+    options = {"method": "ties", "space": "knots", "density": 0.3, "threshold_scope": "global"}
+    merged = streammerge.merge(adapters, tmp_path / "out", workers=1, **options)
+    assert [task.factors for task in merged.plan.tasks] == [3]
+    assert counted
+    assert set(counted) == {0}

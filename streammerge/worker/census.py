@@ -70,7 +70,8 @@ def _asked_of(job: Job, task: Task, question: Question) -> Task | None:
     if not len(asked):
         return None
     if task.route in IN_BASES:
-        return task  # the bases are of all
+        # The bases are of all. No factors are held, for what is counted has their room.
+        return replace(task, factors=0)
     first, last = task.first + int(asked[0]), task.first + int(asked[-1]) + 1
     return replace(task, first=first, last=last)
 
